@@ -11,6 +11,7 @@ it runs in a namespace of its own and only its values are taken, each checked as
 
 import difflib
 import io
+import math
 import runpy
 import sys
 import tokenize
@@ -31,7 +32,6 @@ RENAMED = {
     "n_head": "num_attention_heads",
     "n_embd": "hidden_size",
     "norm_eps": "rms_norm_eps",
-    "eval_only": "max_iters",
 }
 
 
@@ -94,16 +94,12 @@ def unknown(name: str, values: Mapping[str, Any], defaults: Mapping[str, Value])
     """What to write instead of `name`; `values` are the settings in force so far."""
     if name == "gradient_accumulation_steps" and "tokens_per_step" in defaults:
         settings = {**defaults, **values}
-        factors = [settings.get(key) for key in ("batch_size", "max_position_embeddings", name)]
-        tokens = 1
-        for factor in factors:
-            tokens *= int(factor) if str(factor).isdigit() else 0
-        line = f"tokens_per_step = {tokens}" if tokens else "tokens_per_step = <tokens>"
-        return f"accumulation is derived here; write {line} (batch x context x accumulation)"
+        factors = [settings["batch_size"], settings["max_position_embeddings"], settings[name]]
+        tokens = math.prod(int(f) if str(f).isdigit() else 0 for f in factors) or "..."
+        line = f"write tokens_per_step = {tokens}"
+        return f"accumulation is derived; {line} (batch x context x accumulation)"
     if RENAMED.get(name) in defaults:
-        new = RENAMED[name]
-        given = f" = {values[name]}" if name in values and new != "max_iters" else ""
-        return f"write {new}{given}" if new != "max_iters" else "use evaluate.py for that"
+        return f"write {RENAMED[name]} = {values.get(name, '...')}"
     near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else "--help lists all settings"
 
@@ -142,7 +138,9 @@ def overrides(
         if not arg.startswith("--"):
             path = Path(arg)
             if path.suffix != ".py":
-                raise ConfigError(f"{arg!r} is neither --name=value nor a config file ending in .py")
+                raise ConfigError(
+                    f"{arg!r} is neither --name=value nor a config file ending in .py"
+                )
             if not path.is_file() and root is not None and (root / path).is_file():
                 path = root / path
             if not path.is_file():

@@ -62,6 +62,8 @@ def convert(name: str, value: object, default: Value, where: str) -> Value:
     if kind is str:
         if isinstance(value, str):
             return value
+        if default == "auto" and isinstance(value, bool | int):  # compile = False
+            return str(value)
         raise error
     if kind is bool:
         if isinstance(value, bool):

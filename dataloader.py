@@ -157,7 +157,8 @@ def mix(x: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     x = x + np.uint64(key)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def key_of(*numbers: int) -> int:

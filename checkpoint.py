@@ -1,0 +1,202 @@
+"""Checkpoints: written whole or not at all, checked before they are believed, read without pickle.
+
+A checkpoint is one torch.save file of tensors and plain values. Its keys `model`, `optimizer`,
+`model_args`, `iter_num`, `best_val_loss` and `config` mean what they mean in nanoGPT's and
+EasyGPT's files; `tokenizer` and `train_state` are ours.
+"""
+
+import dataclasses
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import GPT, GPTConfig
+
+PREFIXES = ("_orig_mod.", "module.", "model.")  # of torch.compile, DDP and Hugging Face
+RENAMED_KEYS = {"post_attetion_layernorm": "post_attention_layernorm"}  # EasyGPT's files
+RENAMED_ARGS = {"norm_eps": "rms_norm_eps"}
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path` so that a crash at any moment leaves the old file or the new one.
+
+    Raises OSError when it cannot be written; `path` is then untouched.
+    """
+    temp = path.with_name(path.name + ".tmp")
+    try:
+        with open(temp, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        check(temp)
+        os.replace(temp, path)
+    except (RuntimeError, OSError, ValueError) as e:  # a full disk shows as RuntimeError in torch
+        temp.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {e}") from e
+    if os.name == "posix":  # the new name itself survives a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def link(path: Path, name: Path) -> None:
+    """Give a checkpoint a second name, which stays when the first is deleted; no bytes are copied.
+
+    On file systems without hard links it is copied.
+    """
+    temp = name.with_name(name.name + ".tmp")
+    temp.unlink(missing_ok=True)
+    try:
+        os.link(path, temp)
+    except OSError:
+        shutil.copyfile(path, temp)
+    os.replace(temp, name)
+
+
+def check(path: Path) -> None:
+    """Raises ValueError when `path` is not a whole torch.save file: every CRC in it is verified.
+
+    torch.load itself accepts flipped bits (tried with torch 2.13).
+    """
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError) as e:
+        raise ValueError(f"{path} is truncated, damaged or not a checkpoint ({e})") from e
+    if bad:
+        raise ValueError(f"{path} is damaged: the checksum of {bad} is wrong")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint's contents, tensors on the CPU.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged, foreign, or holds anything
+    but tensors and plain values.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    check(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as e:
+        raise ValueError(
+            f"{path} is not a checkpoint of tensors and plain values and was not read; "
+            f"loading it could run code that it contains ({str(e).splitlines()[0]})"
+        ) from e
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    if "model" not in state:
+        keys = ", ".join(map(str, list(state)[:3]))
+        raise ValueError(
+            f"{path} has no 'model' (its keys are {keys}, ...); a bare state dict does not tell "
+            "the model's sizes"
+        )
+    return state
+
+
+def steps_saved(out_dir: Path) -> list[tuple[int, Path]]:
+    """(step, file) of the checkpoints ckpt_<step>.pt in a folder, newest first."""
+    found = []
+    for path in out_dir.glob("ckpt_*.pt"):
+        if match := re.fullmatch(r"ckpt_(\d+)\.pt", path.name):
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def load_newest(out_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The newest good checkpoint of a run: its path, its contents, and what was wrong with newer.
+
+    Raises FileNotFoundError when there is none, ValueError when all are bad.
+    """
+    paths = [path for _, path in steps_saved(out_dir)]
+    paths += [p for p in (out_dir / "best.pt", out_dir / "ckpt.pt") if p.exists()]
+    if not paths:
+        raise FileNotFoundError(
+            f"no checkpoint in {out_dir}; train one first (python train.py ... "
+            f"--out_dir={out_dir}) or give another --out_dir"
+        )
+    problems = []
+    for path in paths:
+        try:
+            return path, load(path), problems
+        except ValueError as e:
+            problems.append(str(e))
+    raise ValueError("no good checkpoint: " + "; ".join(problems))
+
+
+def clean_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our key names for a state dict saved by EasyGPT, through torch.compile, DDP or both."""
+    clean = {}
+    for key, value in state_dict.items():
+        while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
+            key = key[len(prefix) :]
+        for old, new in RENAMED_KEYS.items():
+            key = key.replace(old, new)
+        if not key.endswith("rotary_emb.inv_freq"):
+            clean[key] = value
+    if "embed_tokens.weight" in clean:
+        clean.setdefault("lm_head.weight", clean["embed_tokens.weight"])
+    return clean
+
+
+def model_config(state: dict[str, Any], path: Path) -> GPTConfig:
+    """The sizes of the model in a checkpoint.
+
+    Raises ValueError naming the fields that are missing or that this model does not have.
+    """
+    args = {RENAMED_ARGS.get(k, k): v for k, v in dict(state.get("model_args") or {}).items()}
+    if not args:
+        raise ValueError(f"{path} has no 'model_args': it does not tell the model's sizes")
+    if args.pop("bias", False):
+        raise ValueError(f"{path}: bias=True, but this model has no biases")
+    fields = {f.name: f for f in dataclasses.fields(GPTConfig)}
+    strange = sorted(set(args) - set(fields))
+    missing = sorted({"vocab_size", "hidden_size", "num_hidden_layers"} - set(args))
+    if strange or missing:
+        raise ValueError(
+            f"{path} is of another kind of model: "
+            + "; ".join(
+                f"{word} {', '.join(names)}"
+                for word, names in (("it has", strange), ("it lacks", missing))
+                if names
+            )
+        )
+    return GPTConfig(**args)
+
+
+def load_weights(model: GPT, state: dict[str, Any], path: Path) -> None:
+    """Copy a checkpoint's weights into the model.
+
+    Raises ValueError listing every key that is missing, left over or of another shape.
+    """
+    given = clean_state_dict(state["model"])
+    wanted = model.state_dict()
+    problems = [f"missing {key}" for key in wanted if key not in given]
+    problems += [f"unknown {key}" for key in given if key not in wanted]
+    problems += [
+        f"{key} is {tuple(given[key].shape)}, not {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in given and given[key].shape != wanted[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{path} does not fit the model: " + "; ".join(problems[:5]) + more)
+    model.load_state_dict(given)
+
+
+def load_model(path: Path, state: dict[str, Any]) -> GPT:
+    """The model of a checkpoint, on the CPU, in evaluation mode. Raises ValueError as above."""
+    model = GPT(model_config(state, path))
+    load_weights(model, state, path)
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise ValueError(f"{path} has NaN or infinite weights: that run went wrong")
+    return model.eval()

@@ -1,0 +1,147 @@
+"""Print text from a checkpoint: python sample.py --out_dir=out --start="Once upon a time"
+
+Text goes to stdout as it is made, everything else to stderr. --interactive prompts in a loop.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import runtime
+from configurator import configure
+from model import GPT, check_sampling
+from tokenizer import StreamDecoder, Tokenizer, get_tokenizer
+
+# what
+out_dir = "out"  # folder of a training run; its newest good checkpoint is used
+init_from = "resume"  # resume, or PATH of a .pt file
+start = ""  # the prompt; FILE:path reads it from a file; empty = a new document
+num_samples = 3  # texts made
+max_new_tokens = 300  # tokens in each
+interactive = False  # ask for prompts until an empty line or Ctrl-D
+# how
+temperature = 0.8  # 0 = always the likeliest token; 1 = as the model has it
+top_k = 200  # draw among the k likeliest; 0 = off
+top_p = 1.0  # draw among the likeliest that make up this share; 1 = off
+min_p = 0.0  # draw among those at least this share as likely as the likeliest; 0 = off
+repetition_penalty = 1.0  # above 1: tokens already in the text become less likely
+seed = 1337  # of the draws
+# machine
+device = "auto"  # auto, cpu, mps, cuda, cuda:1
+dtype = "auto"  # auto, float32, bfloat16, float16
+
+
+def read_prompt(text: str) -> str:
+    """`text`, or the UTF-8 contents of the file that FILE:path names.
+
+    Raises OSError or ValueError with the path for a file that is not there or not UTF-8.
+    """
+    if not text.startswith("FILE:"):
+        return text
+    path = Path(text[len("FILE:") :])
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no prompt file {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}); save it as UTF-8") from e
+
+
+def prompt_ids(tok: Tokenizer, text: str, model: GPT) -> list[int]:
+    """The tokens of a prompt; a new document for an empty one. Too long: the end that fits."""
+    ids = tok.encode(text) or [tok.eot]
+    context = model.config.max_position_embeddings
+    if len(ids) > context:
+        print(f"prompt of {len(ids)} tokens: only the last {context} are read", file=sys.stderr)
+        ids = ids[-context:]
+    return ids
+
+
+def write(pieces: Iterator[torch.Tensor], tok: Tokenizer) -> int:
+    """Print one row of tokens as text as they come; how many there were, end-of-text not counted."""
+    decoder = StreamDecoder(tok)
+    count = 0
+    try:
+        for token in pieces:
+            if int(token) == tok.eot:
+                break
+            count += 1
+            print(decoder.push(int(token)), end="", flush=True)
+    finally:
+        print(decoder.flush(), flush=True)
+    return count
+
+
+def prompts() -> Iterator[str]:
+    """The prompts to answer: `start` num_samples times, or what is typed."""
+    if not interactive:
+        yield from [read_prompt(start)] * num_samples
+        return
+    print("a prompt and Enter; an empty line ends", file=sys.stderr)
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().rstrip("\n")
+        if not line:
+            return
+        yield line
+
+
+def main() -> None:
+    for stream in (sys.stdout, sys.stderr, sys.stdin):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows console has cp1252
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if num_samples < 1 or max_new_tokens < 1:
+        raise ValueError("num_samples and max_new_tokens must be at least 1")
+    if not interactive:
+        read_prompt(start)
+    where = runtime.select_device(device)
+    number, _ = runtime.select_dtype(dtype, where)
+    if init_from == "resume":
+        path, state, problems = checkpoint.load_newest(Path(out_dir))
+        for problem in problems:
+            print(f"passed over: {problem}", file=sys.stderr)
+    else:
+        path = Path(init_from)
+        state = checkpoint.load(path)
+    model = checkpoint.load_model(path, state).to(where)
+    saved = state.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files have none
+    tok = get_tokenizer(saved["name"], json_text=saved["json"])
+    del state
+    print(f"{path}, {tok.name} tokens, {runtime.describe(where)}", file=sys.stderr)
+
+    generator = torch.Generator(where).manual_seed(seed)
+    made, t0 = 0, time.perf_counter()
+    for i, text in enumerate(prompts()):
+        if i and not interactive:
+            print("-" * 40)
+        ids = torch.tensor([prompt_ids(tok, text, model)], device=where)
+        print(text, end="", flush=True)
+        t1 = time.perf_counter()
+        with runtime.autocast(where, number):
+            made += write(
+                model.stream(
+                    ids,
+                    max_new_tokens,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    min_p=min_p,
+                    repetition_penalty=repetition_penalty,
+                    vocab_size=tok.vocab_size,
+                    generator=generator,
+                ),
+                tok,
+            )
+        if i == 0 or interactive:
+            t0 = t1 if i == 0 else t0
+    took = time.perf_counter() - t0
+    print(f"{made} tokens, {made / took:.1f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    globals().update(configure(globals()))
+    runtime.run(main)

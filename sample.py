@@ -62,7 +62,7 @@ def prompt_ids(tok: Tokenizer, text: str, model: GPT) -> list[int]:
 
 
 def write(pieces: Iterator[torch.Tensor], tok: Tokenizer) -> int:
-    """Print one row of tokens as text as they come; how many there were, end-of-text not counted."""
+    """Print a row of tokens as text as they come, up to end-of-text; how many there were."""
     decoder = StreamDecoder(tok)
     count = 0
     try:
@@ -114,13 +114,13 @@ def main() -> None:
     print(f"{path}, {tok.name} tokens, {runtime.describe(where)}", file=sys.stderr)
 
     generator = torch.Generator(where).manual_seed(seed)
-    made, t0 = 0, time.perf_counter()
+    made, took_s = 0, 0.0
     for i, text in enumerate(prompts()):
         if i and not interactive:
             print("-" * 40)
         ids = torch.tensor([prompt_ids(tok, text, model)], device=where)
         print(text, end="", flush=True)
-        t1 = time.perf_counter()
+        t0 = time.perf_counter()
         with runtime.autocast(where, number):
             made += write(
                 model.stream(
@@ -136,10 +136,8 @@ def main() -> None:
                 ),
                 tok,
             )
-        if i == 0 or interactive:
-            t0 = t1 if i == 0 else t0
-    took = time.perf_counter() - t0
-    print(f"{made} tokens, {made / took:.1f} tokens/s", file=sys.stderr)
+        took_s += time.perf_counter() - t0
+    print(f"{made} tokens, {made / max(took_s, 1e-9):.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import checkpoint
 import runtime
 from configurator import configure, settings_of
 from dataloader import TokenData, TrainLoader, TrainOrder, eval_batches, key_of, read_meta
-from model import IGNORE_INDEX, GPT, GPTConfig, configure_optimizer, flops_per_token, num_parameters
+from model import GPT, IGNORE_INDEX, GPTConfig, configure_optimizer, flops_per_token, num_parameters
 from tokenizer import Tokenizer, get_tokenizer
 
 # the run

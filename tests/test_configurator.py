@@ -79,7 +79,7 @@ def write(tmp_path, text):
 
 def test_config_file_values_are_checked_as_flags_are(tmp_path):
     path = write(
-        tmp_path, "import time\nbatch_size = 2\nlearning_rate = 1\ncompile = False\n_x = 3\n"
+        tmp_path, "import time\nbatch_size = 2\nlearning_rate = 1\ncompile = False\n_x = 3"
     )
     values = overrides([path, "--batch_size=4"], DEFAULTS)
     assert values == {"batch_size": 4, "learning_rate": 1.0, "compile": "False"}

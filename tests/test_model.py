@@ -1,0 +1,356 @@
+"""The model against Hugging Face's LlamaForCausalLM, and what must hold of any causal model."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import (
+    GPT,
+    IGNORE_INDEX,
+    GPTConfig,
+    apply_rope,
+    configure_optimizer,
+    flops_per_token,
+    left_pad,
+    next_token,
+    num_parameters,
+    rope_tables,
+    window_start,
+)
+
+SIZES = {
+    "no gqa": dict(num_attention_heads=4, num_key_value_heads=4, head_dim=16, hidden_size=64),
+    "gqa": dict(num_attention_heads=8, num_key_value_heads=2, head_dim=8, hidden_size=48),
+    "one kv head": dict(num_attention_heads=6, num_key_value_heads=1, head_dim=10, hidden_size=36),
+    "other base": dict(num_attention_heads=2, num_key_value_heads=1, head_dim=32, hidden_size=32)
+    | dict(rope_theta=500000.0, rms_norm_eps=1e-5),
+}
+
+
+def config(**sizes):
+    fixed = dict(vocab_size=131, intermediate_size=88, num_hidden_layers=3)
+    return GPTConfig(**{**fixed, "max_position_embeddings": 32, **SIZES["gqa"], **sizes})
+
+
+def model(seed=0, **sizes):
+    """A model whose layers outweigh the tied embedding, which else repeats the last token."""
+    torch.manual_seed(seed)
+    m = GPT(config(**sizes)).eval()
+    with torch.no_grad():
+        for name, p in m.named_parameters():
+            if "proj" in name:
+                p.mul_(12)
+            elif p.dim() == 1:
+                p.add_(torch.randn_like(p) * 0.1)
+    return m
+
+
+def llama(m):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = m.config
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_hidden_layers,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            max_position_embeddings=c.max_position_embeddings,
+            rms_norm_eps=c.rms_norm_eps,
+            rope_theta=c.rope_theta,
+            tie_word_embeddings=True,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
+    names = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in m.state_dict().items()}
+    theirs.load_state_dict(names)
+    return theirs
+
+
+def tokens(m, batch, length, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(m.config.vocab_size, (batch, length), generator=g)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("length", [1, 7, 32])
+def test_logits_and_gradients_equal_transformers(name, length):
+    ours = model(**SIZES[name])
+    theirs = llama(ours)
+    x, y = tokens(ours, 2, length), tokens(ours, 2, length, seed=2)
+    y[0, 0] = IGNORE_INDEX
+    logits, loss = ours(x, y)
+    their_logits = theirs(x).logits
+    torch.testing.assert_close(logits, their_logits, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    F.cross_entropy(their_logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX).backward()
+    their_grads = {k.removeprefix("model."): p.grad for k, p in theirs.named_parameters()}
+    for key, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, their_grads[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_state_dict_keys_are_llamas():
+    """They are an API: published weights carry them for ever."""
+    attention = [f"self_attn.{x}_proj" for x in "qkvo"]
+    mlp = [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    layer = ["input_layernorm", *attention, "post_attention_layernorm", *mlp]
+    keys = ["embed_tokens.weight"]
+    keys += [f"layers.{i}.{name}.weight" for i in range(3) for name in layer]
+    assert sorted(model().state_dict()) == sorted([*keys, "norm.weight", "lm_head.weight"])
+
+
+def test_reference_model():
+    with torch.device("meta"):
+        m = GPT(GPTConfig())
+    assert num_parameters(m) == 303_219_712
+    linear = 303_219_712 - 49 * 1024  # all but the norms; the embedding counts once, as the head
+    assert flops_per_token(m) == 6 * linear + 12 * 24 * 16 * 64 * 1024
+
+
+def test_initial_weights():
+    m = GPT(config(hidden_size=256, intermediate_size=512, num_hidden_layers=8))
+    for name, p in m.named_parameters():
+        if p.dim() < 2:
+            assert (p == 1).all(), name
+        else:
+            deep = name.endswith(("o_proj.weight", "down_proj.weight"))
+            wanted = 0.02 / math.sqrt(16) if deep else 0.02
+            assert p.std().item() == pytest.approx(wanted, rel=0.05), name
+    x = tokens(m, 4, 32)
+    assert m(x, x.roll(-1, 1))[1].item() == pytest.approx(math.log(131), abs=0.3)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_no_position_sees_the_future(name):
+    m = model(**SIZES[name])
+    x = tokens(m, 1, 20)
+    changed = x.clone()
+    changed[0, 11] = (x[0, 11] + 1) % 131
+    before, after = m(x, x)[0], m(changed, x)[0]
+    torch.testing.assert_close(before[:, :11], after[:, :11], rtol=0, atol=0)
+    assert ((before[:, 11:] - after[:, 11:]).abs().amax(-1) > 1e-4).all()
+
+
+def test_rope_depends_on_distance_only():
+    cos, sin = rope_tables(100, 16, 10000.0)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16)
+
+    def score(i, j):
+        turned_q = apply_rope(q, cos[i : i + 1], sin[i : i + 1])
+        return (turned_q * apply_rope(k, cos[j : j + 1], sin[j : j + 1])).sum().item()
+
+    assert score(7, 3) == pytest.approx(score(96, 92), abs=1e-4)
+    assert score(7, 3) != pytest.approx(score(9, 3), abs=1e-2)
+    assert score(0, 0) == pytest.approx((q * k).sum().item(), abs=1e-5)
+
+
+def test_logits_without_targets_are_the_last_positions():
+    m = model()
+    x = tokens(m, 3, 9)
+    last, none = m(x)
+    assert none is None and last.shape == (3, 1, 131)
+    torch.testing.assert_close(last, m(x, x)[0][:, -1:])
+
+
+def test_a_text_longer_than_the_context_is_refused():
+    m = model()
+    with pytest.raises(ValueError, match="33 tokens .* 32"):
+        m(tokens(m, 1, 33))
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    m = GPT(config())
+    optimizer = configure_optimizer(m, 3e-3, (0.9, 0.95), 0.0)
+    x, y = tokens(m, 4, 32), tokens(m, 4, 32, seed=2)
+    for _ in range(150):
+        loss = m(x, y)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.05
+
+
+def test_weight_decay_is_for_matrices():
+    m = model()
+    decayed, free = configure_optimizer(m, 1e-3, (0.9, 0.95), 0.1).param_groups
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in free["params"]} == {1}
+    assert sum(p.numel() for g in (decayed, free) for p in g["params"]) == num_parameters(m)
+
+
+def test_dropout_only_in_training():
+    m = model(dropout=0.5)
+    x = tokens(m, 1, 16)
+    assert torch.equal(m(x)[0], m(x)[0])
+    m.train()
+    assert not torch.equal(m(x)[0], m(x)[0])
+
+
+def test_config_lists_every_problem():
+    with pytest.raises(ValueError) as error:
+        GPTConfig(head_dim=7, num_key_value_heads=3, vocab_size=0, dropout=1.0)
+    for word in ("head_dim", "num_key_value_heads", "vocab_size", "dropout"):
+        assert word in str(error.value)
+
+
+# --- sampling
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("length", [1, 5, 31, 32, 45])
+def test_greedy_with_the_cache_equals_without(name, length):
+    """To beyond the context, where the window slides."""
+    m = model(**SIZES[name])
+    x = tokens(m, 2, length)
+    greedy = dict(temperature=0, repetition_penalty=1.3)
+    cached = m.generate(x, 60, **greedy)
+    assert cached.shape == (2, length + 60) and torch.equal(cached[:, :length], x)
+    assert torch.equal(cached, m.generate(x, 60, **greedy, use_cache=False))
+    assert len(set(cached[0].tolist())) > 5, "a text that repeats one token would prove nothing"
+
+
+def test_cached_greedy_equals_argmax_of_forward():
+    m = model()
+    x = tokens(m, 1, 4)
+    ids = x
+    for _ in range(28):
+        ids = torch.cat((ids, m(ids)[0][:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(m.generate(x, 28, temperature=0), ids)
+
+
+def test_prompts_of_different_lengths_together_equal_each_alone():
+    m = model()
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
+    ids, lengths = left_pad(prompts, pad=77)
+    together = m.generate(ids, 20, temperature=0, lengths=lengths, repetition_penalty=1.2)
+    for row, prompt in zip(together.tolist(), prompts, strict=True):
+        alone = m.generate(torch.tensor([prompt]), 20, temperature=0, repetition_penalty=1.2)
+        assert row[7 - len(prompt) :] == alone[0].tolist()
+
+
+def test_stop_tokens_end_a_row_and_then_the_iteration():
+    m = model()
+    x = tokens(m, 2, 5)
+    greedy = dict(temperature=0, repetition_penalty=1.3)
+    free = m.generate(x, 20, **greedy)[:, 5:]
+    stops = [free[0, 3].item(), free[1, 6].item()]
+    assert stops[0] not in free[0, :3] and stops[1] not in free[1, :6], "chosen seed"
+    steps = list(m.stream(x, 20, **greedy, stop_tokens=stops))
+    first = [row.index(next(t for t in row if t in stops)) for row in free.tolist()]
+    assert len(steps) == max(first) + 1
+    rows = torch.stack(steps, 1).tolist()
+    for row, end, want in zip(rows, first, free.tolist(), strict=True):
+        assert row[: end + 1] == want[: end + 1] and set(row[end:]) == {want[end]}
+
+
+def test_stream_yields_what_generate_returns_and_a_seed_fixes_it():
+    m = model()
+    x = tokens(m, 2, 5)
+
+    def generator():
+        return torch.Generator().manual_seed(3)
+
+    whole = m.generate(x, 12, top_k=20, generator=generator())
+    steps = torch.stack(list(m.stream(x, 12, top_k=20, generator=generator())), 1)
+    assert torch.equal(whole[:, 5:], steps)
+
+
+def test_padding_of_the_vocabulary_is_never_drawn():
+    m = model()
+    drawn = m.generate(tokens(m, 8, 3) % 100, 25, temperature=5.0, vocab_size=100)
+    assert drawn.max() < 100
+    assert m.generate(tokens(m, 8, 3), 25, temperature=5.0)[:, 3:].max() >= 100
+
+
+def test_window_slides_by_half_and_always_fits():
+    assert [window_start(n, 8) for n in (1, 8, 9, 12, 13)] == [0, 0, 4, 4, 8]
+    for context in (1, 2, 7, 8):
+        for n in range(1, 50):
+            assert 0 < n - window_start(n, context) <= context
+
+
+FIVE = torch.tensor([[math.log(p) for p in (0.4, 0.3, 0.15, 0.1, 0.05)]])
+
+
+def shares(**settings):
+    """How often each of the five tokens is drawn in 4,000 draws."""
+    g = torch.Generator().manual_seed(0)
+    drawn = next_token(FIVE.repeat(4000, 1), generator=g, **settings)
+    return (torch.bincount(drawn, minlength=5) / 4000).tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.4, 0.3, 0.15, 0.1, 0.05]),
+        ({"temperature": 0}, [1, 0, 0, 0, 0]),
+        ({"temperature": 0.5}, [0.566, 0.319, 0.080, 0.035, 0.009]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0, 0]),
+        ({"top_k": 1}, [1, 0, 0, 0, 0]),
+        ({"top_k": 99}, [0.4, 0.3, 0.15, 0.1, 0.05]),
+        ({"top_k": 0}, [0.4, 0.3, 0.15, 0.1, 0.05]),
+        ({"top_p": 0.69}, [4 / 7, 3 / 7, 0, 0, 0]),
+        ({"top_p": 0.71}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
+        ({"top_p": 0.01}, [1, 0, 0, 0, 0]),
+        ({"min_p": 0.3}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
+        ({"min_p": 1.0}, [1, 0, 0, 0, 0]),
+    ],
+)
+def test_sampling_settings(settings, expected):
+    assert shares(**settings) == pytest.approx(expected, abs=0.03)
+    assert [s == 0 for s in shares(**settings)] == [e == 0 for e in expected]
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "repetition_penalty"])
+def test_filters_equal_transformers(name):
+    from transformers import generation
+
+    torch.manual_seed(0)
+    logits, ids = torch.randn(4, 50) * 3, torch.randint(50, (4, 9))
+    seen = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, ids, True)
+    import model as ours
+
+    mine, theirs = {
+        "top_k": (ours.keep_top_k(logits, 7), generation.TopKLogitsWarper(7)),
+        "top_p": (ours.keep_top_p(logits, 0.8), generation.TopPLogitsWarper(0.8)),
+        "min_p": (ours.keep_min_p(logits, 0.1), generation.MinPLogitsWarper(0.1)),
+        "repetition_penalty": (
+            ours.penalize(logits, seen, 1.3),
+            generation.RepetitionPenaltyLogitsProcessor(1.3),
+        ),
+    }[name]
+    torch.testing.assert_close(mine, theirs(ids, logits.clone()))
+    assert not torch.equal(mine, logits)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"top_k": -5},
+        {"top_p": 0.0},
+        {"top_p": 2.0},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+    ],
+)
+def test_sampling_settings_out_of_range(bad):
+    m = model()
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        m.generate(tokens(m, 1, 3), 5, **bad)
+
+
+def test_an_empty_prompt_is_refused():
+    m = model()
+    with pytest.raises(ValueError, match="0 tokens"):
+        m.generate(torch.zeros(1, 0, dtype=torch.int64), 5)

@@ -159,18 +159,21 @@ def model_config(state: dict[str, Any], path: Path) -> GPTConfig:
     if args.pop("bias", False):
         raise ValueError(f"{path}: bias=True, but this model has no biases")
     fields = {f.name: f for f in dataclasses.fields(GPTConfig)}
-    strange = sorted(set(args) - set(fields))
-    missing = sorted({"vocab_size", "hidden_size", "num_hidden_layers"} - set(args))
-    if strange or missing:
-        raise ValueError(
-            f"{path} is of another kind of model: "
-            + "; ".join(
-                f"{word} {', '.join(names)}"
-                for word, names in (("it has", strange), ("it lacks", missing))
-                if names
-            )
-        )
+    needed = {"vocab_size", "hidden_size", "num_hidden_layers"}
+    problems = {"it lacks": sorted(needed - set(args)), "it has": sorted(set(args) - set(fields))}
+    if any(problems.values()):
+        raise ValueError(f"{path} is of another kind of model: {listing(problems)}")
     return GPTConfig(**args)
+
+
+def listing(problems: dict[str, list[str]]) -> str:
+    """Several lists of names as one readable line, long ones shortened."""
+    parts = []
+    for words, names in problems.items():
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        if names:
+            parts.append(f"{words} {', '.join(names[:4])}{more}")
+    return "; ".join(parts)
 
 
 def load_weights(model: GPT, state: dict[str, Any], path: Path) -> None:
@@ -180,16 +183,14 @@ def load_weights(model: GPT, state: dict[str, Any], path: Path) -> None:
     """
     given = clean_state_dict(state["model"])
     wanted = model.state_dict()
-    problems = [f"missing {key}" for key in wanted if key not in given]
-    problems += [f"unknown {key}" for key in given if key not in wanted]
-    problems += [
-        f"{key} is {tuple(given[key].shape)}, not {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in given and given[key].shape != wanted[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{path} does not fit the model: " + "; ".join(problems[:5]) + more)
+    shapes = {k: (tuple(given[k].shape), tuple(wanted[k].shape)) for k in wanted if k in given}
+    problems = {
+        "it lacks": [k for k in wanted if k not in given],
+        "it also has": [k for k in given if k not in wanted],
+        "other shapes:": [f"{k} is {a}, not {b}" for k, (a, b) in shapes.items() if a != b],
+    }
+    if any(problems.values()):
+        raise ValueError(f"{path} does not fit the model: {listing(problems)}")
     model.load_state_dict(given)
 
 

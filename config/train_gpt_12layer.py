@@ -1,0 +1,27 @@
+# The reference run at half the depth, for a short budget: 177M parameters on OpenWebText.
+#   python data/prepare.py && python train.py config/train_gpt_12layer.py
+# Per token 0.57 of the reference's work, so about 20 hours for 6,000 updates (2.95 B tokens) on one
+# RTX 3090 if it reaches the reference's share of peak; expected loss unknown, nobody has run it.
+
+out_dir = "out/gpt_12layer"
+dataset = "openwebtext"
+
+# 16 windows x 1,024 tokens x 30 micro-steps
+tokens_per_step = 491520
+batch_size = 16
+max_position_embeddings = 1024
+
+num_hidden_layers = 12
+hidden_size = 1024
+intermediate_size = 2560
+num_attention_heads = 16
+num_key_value_heads = 4
+head_dim = 64
+
+max_iters = 6000
+warmup_iters = 300
+learning_rate = 5e-4
+min_lr = 5e-5
+
+eval_interval = 200
+eval_iters = 150

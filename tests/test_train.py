@@ -1,0 +1,228 @@
+"""The training script: the run it makes, what it leaves behind, and what a slip of a user gets."""
+
+import json
+import math
+import runpy
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint
+
+TRAIN = runpy.run_path(str(ROOT / "train.py"))
+
+
+def records(tmp_path, key="loss"):
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r[key] for r in map(json.loads, lines) if key in r]
+
+
+def weights(path):
+    return checkpoint.load(path)["model"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_and_what_it_leaves(script, tiny, tmp_path):
+    result = script("train.py", *tiny)
+    assert result.code == 0, result.err
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == [
+        "best.pt",
+        "ckpt_12.pt",
+        "ckpt_6.pt",
+        "config.json",
+        "loss.png",
+        "metrics.jsonl",
+    ]
+    assert records(tmp_path, "iter") == [0, *range(6), 6, *range(6, 12), 12]
+    losses = records(tmp_path)
+    assert len(losses) == 12 and losses[-1] < losses[0] - 1.5
+    val = records(tmp_path, "val_loss")
+    assert len(val) == 3 and val[2] < val[1] < val[0]
+    bits = records(tmp_path, "val_bits_per_byte")
+    assert bits[0] == pytest.approx(val[0] * 2001 / 2000 / math.log(2))
+    state = checkpoint.load(out / "ckpt_12.pt")
+    assert state["iter_num"] == 12 and state["best_val_loss"] == val[1]  # saved before evaluation
+    steps = {int(s["step"]) for s in state["optimizer"]["state"].values()}
+    assert steps == {12}, "exactly max_iters updates"
+    assert state["config"]["tokens_per_step"] == 256
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["learning_rate"] == 1e-2
+
+
+def test_losses_do_not_depend_on_the_micro_batch_or_on_evaluation(script, tiny, tmp_path):
+    script("train.py", *tiny)
+    first = records(tmp_path)
+    for change in ("--batch_size=1", "--batch_size=8", "--eval_iters=1", "--eval_interval=5"):
+        script("train.py", *tiny, change, "--overwrite=True")
+        assert records(tmp_path) == pytest.approx(first, rel=1e-5), change
+
+
+@pytest.mark.parametrize("more", [[], ["--dropout=0.1"], ["--dtype=bfloat16"]])
+def test_resume_goes_on_to_the_bit(script, tiny, tmp_path, more):
+    """nanoGPT reseeds and replays the data of step 0."""
+    assert script("train.py", *tiny, *more).code == 0
+    whole, losses = weights(tmp_path / "out" / "ckpt_12.pt"), records(tmp_path)
+    val = records(tmp_path, "val_loss")
+    (tmp_path / "out" / "ckpt_12.pt").unlink()
+    result = script("train.py", *tiny, *more, "--init_from=resume")
+    assert result.code == 0 and "at 6 updates" in result.out
+    assert equal(weights(tmp_path / "out" / "ckpt_12.pt"), whole)
+    assert records(tmp_path) == losses and records(tmp_path, "val_loss") == val
+
+
+def test_resume_passes_over_a_damaged_checkpoint(script, tiny, tmp_path):
+    script("train.py", *tiny)
+    newest = tmp_path / "out" / "ckpt_12.pt"
+    whole = weights(newest)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    result = script("train.py", *tiny, "--init_from=resume")
+    assert result.code == 0 and "passed over" in result.out and "ckpt_12.pt" in result.out
+    assert equal(weights(newest), whole)
+
+
+def test_a_used_folder_is_not_overwritten_by_chance(script, tiny, tmp_path):
+    script("train.py", *tiny)
+    before = weights(tmp_path / "out" / "ckpt_12.pt")
+    result = script("train.py", *tiny, "--seed=5")
+    assert result.code == 1
+    for way in ("--init_from=resume", "--out_dir", "--overwrite=True"):
+        assert way in result.err
+    assert equal(weights(tmp_path / "out" / "ckpt_12.pt"), before)
+    assert script("train.py", *tiny, "--seed=5", "--overwrite=True").code == 0
+    assert not equal(weights(tmp_path / "out" / "ckpt_12.pt"), before)
+
+
+def test_starting_from_a_checkpoint_is_a_new_run_on_its_weights(script, tiny, tmp_path):
+    script("train.py", *tiny)
+    last = records(tmp_path, "val_loss")[-1]
+    flags = [*tiny, f"--out_dir={tmp_path / 'tuned'}", "--num_hidden_layers=24"]
+    flags += ["--max_position_embeddings=16", "--learning_rate=1e-3", "--min_lr=1e-4"]
+    result = script("train.py", *flags, f"--init_from={tmp_path / 'out' / 'ckpt_12.pt'}")
+    assert result.code == 0, result.err
+    lines = (tmp_path / "tuned" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    val = [r["val_loss"] for r in map(json.loads, lines) if "val_loss" in r]
+    assert abs(val[0] - last) < 0.3 and val[-1] < val[0]
+    state = checkpoint.load(tmp_path / "tuned" / "ckpt_12.pt")
+    assert state["model_args"]["num_hidden_layers"] == 2
+    assert state["model_args"]["max_position_embeddings"] == 16
+    assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {12}
+
+
+def test_numbers_that_are_not_finite_skip_the_step_and_then_end_the_run(script, tiny, tmp_path):
+    script("train.py", *tiny, "--max_iters=6")
+    good = weights(tmp_path / "out" / "ckpt_6.pt")
+    state = checkpoint.load(tmp_path / "out" / "ckpt_6.pt")
+    state["model"]["norm.weight"][:] = math.inf
+    torch.save(state, tmp_path / "out" / "ckpt_6.pt")
+    flags = ["--init_from=resume", "--max_iters=30", "--max_skipped=3", "--eval_interval=100"]
+    result = script("train.py", *tiny, *flags)
+    assert result.code == 1 and "3 updates in a row" in result.err
+    assert result.out.count("skipped: loss nan") == 3
+    assert set(good) and not (tmp_path / "out" / "ckpt_30.pt").exists()
+
+
+def test_compile_that_fails_falls_back_to_eager(script, tiny, tmp_path, monkeypatch):
+    """torch.compile fails in the first step, not where it is called."""
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no working compiler")
+
+    script("train.py", *tiny)
+    eager = records(tmp_path)
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", broken)
+    )
+    result = script("train.py", *tiny, "--compile=True", "--overwrite=True")
+    assert result.code == 0 and "failed, training uncompiled" in result.out
+    assert "no working compiler" in result.out
+    assert records(tmp_path) == eager
+
+
+def test_learning_rate_corners():
+    lr_at = TRAIN["lr_at"]
+    assert lr_at(0, 1.0, 0.1, 9, 100) == pytest.approx(0.1)
+    assert lr_at(8, 1.0, 0.1, 9, 100) == pytest.approx(0.9)
+    assert lr_at(9, 1.0, 0.1, 9, 99) == pytest.approx(1.0)
+    assert lr_at(54, 1.0, 0.1, 9, 99) == pytest.approx(0.55)
+    assert lr_at(99, 1.0, 0.1, 9, 99) == lr_at(10**6, 1.0, 0.1, 9, 99) == pytest.approx(0.1)
+    assert lr_at(0, 1.0, 0.1, 0, 0) == 0.1
+    rates = [lr_at(s, 1.0, 0.1, 9, 100) for s in range(9, 120)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_accumulation_names_the_nearest_that_work():
+    accumulation = TRAIN["accumulation"]
+    assert accumulation(491520, 12, 1024, 1) == 40
+    assert accumulation(491520, 12, 1024, 8) == 5
+    with pytest.raises(ValueError, match="499712 or 507904"):
+        accumulation(500000, 8, 1024, 1)
+    with pytest.raises(ValueError, match="8192 or 16384"):
+        accumulation(100, 8, 1024, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words", "code"),
+    [
+        (["--lerning_rate=1"], ["learning_rate"], 2),
+        (["--batch_size=two"], ["batch_size", "two"], 2),
+        (["config/nothing.py"], ["config/nothing.py"], 2),
+        (["--gradient_accumulation_steps=40"], ["tokens_per_step ="], 2),
+        (["--batch_size=0"], ["batch_size must be at least 1"], 1),
+        (["--batch_size=3"], ["tokens_per_step=256", "192 or", "288"], 1),
+        (["--eval_interval=0", "--beta2=1"], ["eval_interval", "beta2"], 1),
+        (["--warmup_iters=50"], ["warmup_iters (50)"], 1),
+        (["--min_lr=1"], ["min_lr (1.0)"], 1),
+        (["--compile=maybe"], ["compile", "maybe"], 1),
+        (["--dtype=bf16"], ["bfloat16", "bf16"], 1),
+        (["--dtype=float16"], ["float16", "CPU"], 1),
+        (["--device=gpu"], ["gpu", "auto"], 1),
+        (["--device=cuda:99"], ["cuda:99"], 1),
+        (["--head_dim=7"], ["head_dim"], 1),
+        (["--vocab_size=200"], ["256", "vocab_size is 200"], 1),
+        (["--dataset=no/where"], ["python data/prepare.py", "where"], 1),
+        (["--init_from=resume"], ["no checkpoint", "out"], 1),
+        (["--init_from=nowhere.pt"], ["nowhere.pt"], 1),
+        (["--max_position_embeddings=99999", "--tokens_per_step=99999"], ["99999"], 1),
+        (["--out_dir="], ["out_dir"], 1),
+    ],
+)
+def test_mistakes_get_one_line(script, tiny, tmp_path, flags, words, code):
+    result = script("train.py", *tiny, *flags)
+    assert result.code == code
+    assert result.err.startswith("train.py: ") and result.err.count("\n") == 1
+    for word in words:
+        assert word in result.err
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_resuming_another_model_lists_what_differs(script, tiny):
+    script("train.py", *tiny)
+    result = script("train.py", *tiny, "--init_from=resume", "--hidden_size=48", "--rope_theta=5e5")
+    assert result.code == 1
+    assert "hidden_size is 48, there 32" in result.err and "rope_theta" in result.err
+
+
+def test_wandb_without_the_package_does_not_stop_a_run(script, tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)  # makes `import wandb` fail
+    result = script("train.py", *tiny, "--wandb_log=True")
+    assert result.code == 0 and "wandb is off" in result.out
+    assert len(records(tmp_path)) == 12
+
+
+def test_bins_without_meta_json_are_gpt2(script, tiny, tmp_path):
+    """nanoGPT's own data folders work as they are."""
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(0, 50257, 3000).astype("<u2").tofile(
+            folder / f"{split}.bin"
+        )
+    result = script("train.py", *tiny, f"--dataset={folder}", "--max_iters=1", "--warmup_iters=0")
+    assert result.code == 0, result.err
+    assert "vocab 50304" in result.out and "gpt2" in result.out

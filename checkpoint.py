@@ -124,7 +124,7 @@ def load_newest(out_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
             f"no checkpoint in {out_dir}; train one first (python train.py ... "
             f"--out_dir={out_dir}) or give another --out_dir"
         )
-    problems = []
+    problems: list[str] = []
     for path in paths:
         try:
             return path, load(path), problems
@@ -153,7 +153,8 @@ def model_config(state: dict[str, Any], path: Path) -> GPTConfig:
 
     Raises ValueError naming the fields that are missing or that this model does not have.
     """
-    args = {RENAMED_ARGS.get(k, k): v for k, v in dict(state.get("model_args") or {}).items()}
+    given: dict[str, Any] = state.get("model_args") or {}
+    args = {RENAMED_ARGS.get(k, k): v for k, v in given.items()}
     if not args:
         raise ValueError(f"{path} has no 'model_args': it does not tell the model's sizes")
     if args.pop("bias", False):

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import signal
@@ -31,6 +32,9 @@ def run(main: Callable[[], None]) -> None:
     Mistakes are ValueError and OSError. `python -X dev` shows where they came from.
     """
     script = os.path.basename(sys.argv[0])
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a Windows console starts with cp1252
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main()
     except (ValueError, OSError) as e:

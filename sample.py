@@ -91,8 +91,6 @@ def prompts() -> Iterator[str]:
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr, sys.stdin):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows console has cp1252
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if num_samples < 1 or max_new_tokens < 1:
         raise ValueError("num_samples and max_new_tokens must be at least 1")
@@ -111,6 +109,11 @@ def main() -> None:
     saved = state.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files have none
     tok = get_tokenizer(saved["name"], json_text=saved["json"])
     del state
+    if tok.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{path} has a vocabulary of {model.config.vocab_size}, but its tokenizer {tok.name!r} "
+            f"has {tok.vocab_size} ids: it was trained with another one"
+        )
     print(f"{path}, {tok.name} tokens, {runtime.describe(where)}", file=sys.stderr)
 
     generator = torch.Generator(where).manual_seed(seed)

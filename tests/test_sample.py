@@ -1,0 +1,153 @@
+"""The sampling script: what it prints where, and what a slip of a user gets."""
+
+import dataclasses
+import io
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+from model import GPT, GPTConfig
+
+SIZE = GPTConfig(
+    vocab_size=320,  # 257 rounded up: the rows beyond must never be drawn
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=24,
+)
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder with a checkpoint of random weights whose favourites are padded vocabulary rows."""
+    torch.manual_seed(0)
+    model = GPT(SIZE)
+    with torch.no_grad():
+        model.embed_tokens.weight[257:] *= 20
+        model.embed_tokens.weight[128:257] *= 0.1  # mostly ASCII
+    state = {
+        "model": model.state_dict(),
+        "model_args": dataclasses.asdict(SIZE),
+        "tokenizer": {"name": "bytes", "vocab_size": 257, "json": None},
+    }
+    folder = tmp_path / "out"
+    folder.mkdir()
+    checkpoint.save(folder / "ckpt_3.pt", state)
+    return folder
+
+
+def test_text_on_stdout_and_the_rest_on_stderr(script, out):
+    flags = [f"--out_dir={out}", "--start=Once", "--num_samples=2", "--max_new_tokens=40"]
+    result = script("sample.py", *flags)
+    assert result.code == 0, result.err
+    first, second = result.out.split("-" * 40 + "\n")
+    assert first.startswith("Once") and second.startswith("Once") and first != second
+    assert "ckpt_3.pt" in result.err and "tokens/s" in result.err
+    assert script("sample.py", *flags).out == result.out, "a seed fixes the text"
+    assert script("sample.py", *flags, "--seed=2").out != result.out
+
+
+def test_greedy_texts_are_equal_and_longer_than_the_context(script, out):
+    flags = [f"--out_dir={out}", "--start=ab", "--num_samples=2", "--max_new_tokens=60"]
+    texts = script("sample.py", *flags, "--temperature=0").out.split("-" * 40 + "\n")
+    assert texts[0] == texts[1] and len(texts[0].encode()) >= 30
+
+
+def test_a_prompt_from_a_file(script, out, tmp_path):
+    (tmp_path / "p.txt").write_text("naïve 世界", encoding="utf-8")
+    flags = [f"--out_dir={out}", f"--start=FILE:{tmp_path / 'p.txt'}", "--max_new_tokens=3"]
+    assert script("sample.py", *flags).out.startswith("naïve 世界")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--start="],
+        ["--start=123"],
+        ["--top_k=100000"],
+        ["--top_k=0"],
+        ["--temperature=0"],
+        ["--temperature=1"],
+        ["--min_p=0.1", "--top_p=0.9", "--repetition_penalty=1.2"],
+        ["--dtype=bfloat16"],
+    ],
+)
+def test_settings_that_must_work(script, out, flags):
+    result = script("sample.py", f"--out_dir={out}", "--max_new_tokens=5", *flags)
+    assert result.code == 0, result.err
+
+
+def test_a_prompt_longer_than_the_context_is_cut_with_a_word(script, out):
+    flags = [f"--out_dir={out}", "--start=" + "x" * 30, "--num_samples=1", "--max_new_tokens=3"]
+    result = script("sample.py", *flags)
+    assert result.code == 0
+    assert "30 tokens" in result.err and "last 24" in result.err
+
+
+def test_interactive_asks_until_an_empty_line(script, out, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"first\nsecond\n\nthird\n"))
+    monkeypatch.setattr(sys, "stdin", typed)
+    result = script("sample.py", f"--out_dir={out}", "--interactive", "--max_new_tokens=4")
+    assert result.code == 0
+    assert "first" in result.out and "second" in result.out and "third" not in result.out
+
+
+def test_a_checkpoint_by_its_path(script, out):
+    result = script("sample.py", f"--init_from={out / 'ckpt_3.pt'}", "--max_new_tokens=3")
+    assert result.code == 0 and "ckpt_3.pt" in result.err
+
+
+@pytest.mark.parametrize("vocab_size", [320, 50304])
+def test_a_checkpoint_that_names_no_tokenizer_is_gpt2s_or_refused(script, tmp_path, vocab_size):
+    """nanoGPT's and EasyGPT's files do not."""
+    size = dataclasses.replace(SIZE, vocab_size=vocab_size)
+    state = {"model": GPT(size).state_dict(), "model_args": dataclasses.asdict(size)}
+    torch.save(state, tmp_path / "ckpt.pt")
+    result = script("sample.py", f"--out_dir={tmp_path}", "--max_new_tokens=3")
+    if vocab_size == 320:
+        assert result.code == 1 and "vocabulary of 320" in result.err
+    else:
+        assert result.code == 0 and "gpt2" in result.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words", "code"),
+    [
+        (["--temprature=1"], ["did you mean temperature"], 2),
+        (["--temperature=hot"], ["temperature", "hot"], 2),
+        (["--temperature=-1"], ["temperature", "-1"], 1),
+        (["--top_k=-5"], ["top_k", "-5"], 1),
+        (["--top_p=0"], ["top_p"], 1),
+        (["--num_samples=0"], ["num_samples"], 1),
+        (["--device=cuda:7"], ["cuda:7"], 1),
+        (["--start=FILE:nowhere.txt"], ["nowhere.txt"], 1),
+        (["--out_dir=nowhere"], ["no checkpoint in nowhere", "train.py"], 1),
+        (["--init_from=nowhere.pt"], ["nowhere.pt"], 1),
+    ],
+)
+def test_mistakes_get_one_line(script, out, flags, words, code):
+    result = script("sample.py", f"--out_dir={out}", *flags)
+    assert result.code == code and result.out == ""
+    assert result.err.startswith("sample.py: ") and result.err.count("\n") == 1
+    for word in words:
+        assert word in result.err
+
+
+def test_a_prompt_file_that_is_not_utf8(script, out, tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"abc\xff")
+    result = script("sample.py", f"--out_dir={out}", f"--start=FILE:{tmp_path / 'p.txt'}")
+    assert result.code == 1 and "p.txt is not UTF-8" in result.err and result.err.count("\n") == 1
+
+
+def test_damaged_files_are_named(script, out):
+    path = out / "ckpt_3.pt"
+    good = path.read_bytes()
+    for bad in (b"", good[: len(good) // 2], good[:-1]):
+        path.write_bytes(bad)
+        result = script("sample.py", f"--out_dir={out}")
+        assert result.code == 1 and "ckpt_3.pt" in result.err and result.err.count("\n") == 1

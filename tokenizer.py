@@ -49,7 +49,7 @@ def cut_points(text: str, piece: int = PIECE) -> Iterator[int]:
     """
     at, space = 0, re.compile("[ \n]")
     while len(text) - at > piece:
-        for match in space.finditer(text, at + piece // 2):
+        for match in space.finditer(text, at + max(1, piece // 2)):
             if unicodedata.category(text[match.start() - 1])[0] in "LNPS":
                 at = match.start()
                 yield at

@@ -156,12 +156,22 @@ def mean_loss(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], autocast: An
     return float(total / tokens)
 
 
-def start_model(path: Path, size: GPTConfig) -> GPT:
+def check_same_tokenizer(saved: dict[str, Any], tok: Tokenizer, path: Path) -> None:
+    """Raises ValueError when a checkpoint was trained with other tokens than the dataset has."""
+    theirs = saved.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files name none
+    if (theirs["name"], theirs["json"]) != (tok.name, tok.json_text):
+        raise ValueError(
+            f"{path} was trained with the tokenizer {theirs['name']}, but the dataset is in {tok.name}"
+            f"{' of another kind' if theirs['name'] == tok.name else ''}; prepare the text with the "
+            "checkpoint's (data/prepare.py --tokenizer=...)"
+        )
+
+
+def start_model(path: Path, state: dict[str, Any], size: GPTConfig) -> GPT:
     """The model for a fresh run on a checkpoint's weights.
 
     Sizes are the checkpoint's, dropout ours, and the context the smaller of the two.
     """
-    state = checkpoint.load(path)
     found = checkpoint.model_config(state, path)
     context = min(found.max_position_embeddings, size.max_position_embeddings)
     model = GPT(replace(found, max_position_embeddings=context, dropout=size.dropout))
@@ -272,6 +282,7 @@ def main() -> None:
         path, saved, problems = checkpoint.load_newest(out)
         for problem in problems:
             tqdm.write(f"passed over: {problem}")
+        check_same_tokenizer(saved, tok, path)
         check_same_model(checkpoint.model_config(saved, path), size, path)
         model = GPT(size)
         checkpoint.load_weights(model, saved, path)
@@ -281,8 +292,12 @@ def main() -> None:
     elif init_from == "scratch":
         model = GPT(size)
     else:
-        model = start_model(Path(init_from), size)
+        path = Path(init_from)
+        start = checkpoint.load(path)
+        check_same_tokenizer(start, tok, path)
+        model = start_model(path, start, size)
         size = model.config
+        del start
     context = size.max_position_embeddings
     micro_steps = accumulation(tokens_per_step, batch_size, context, ranks)
     train_data = TokenData(folder, "train", context, size.vocab_size)

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+hypothesis.settings.register_profile("patient", deadline=None)  # machines differ
+hypothesis.settings.load_profile("patient")
 
 TEXT = "the cat sat on the mat and the dog sat on the log. " * 400
 

@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shutil
 
 import numpy as np
 import pytest
@@ -206,6 +207,17 @@ def test_resuming_another_model_lists_what_differs(script, tiny):
     result = script("train.py", *tiny, "--init_from=resume", "--hidden_size=48", "--rope_theta=5e5")
     assert result.code == 1
     assert "hidden_size is 48, there 32" in result.err and "rope_theta" in result.err
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused(script, tiny, tmp_path, dataset):
+    script("train.py", *tiny)
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    meta = json.loads((other / "meta.json").read_text(encoding="utf-8"))
+    (other / "meta.json").write_text(json.dumps({**meta, "tokenizer": "gpt2"}), encoding="utf-8")
+    for init in ("resume", tmp_path / "out" / "best.pt"):
+        result = script("train.py", *tiny, f"--dataset={other}", f"--init_from={init}")
+        assert result.code == 1 and "bytes" in result.err and "gpt2" in result.err
 
 
 def test_wandb_without_the_package_does_not_stop_a_run(script, tiny, tmp_path, monkeypatch):

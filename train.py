@@ -161,9 +161,9 @@ def check_same_tokenizer(saved: dict[str, Any], tok: Tokenizer, path: Path) -> N
     theirs = saved.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files name none
     if (theirs["name"], theirs["json"]) != (tok.name, tok.json_text):
         raise ValueError(
-            f"{path} was trained with the tokenizer {theirs['name']}, but the dataset is in {tok.name}"
-            f"{' of another kind' if theirs['name'] == tok.name else ''}; prepare the text with the "
-            "checkpoint's (data/prepare.py --tokenizer=...)"
+            f"{path} was trained with the tokenizer {theirs['name']!r}, but the dataset is in "
+            f"{tok.name!r} or another version of it; prepare the text with the checkpoint's "
+            "(data/prepare.py --tokenizer=...)"
         )
 
 

@@ -1,0 +1,29 @@
+# A small GPT on the prose inside Python itself, byte by byte: words and docstrings on a laptop.
+#   python data/prepare.py --source=stdlib && python train.py config/train_demo.py
+# @TIME@ on two CPU cores; validation loss @LOSS@ nats per byte (a uniform guess is 5.55).
+
+out_dir = "out/demo"
+overwrite = True  # the demo may be run again and again
+dataset = "stdlib"
+
+# 2 windows x 256 bytes: many small updates learn more in five minutes than few large ones
+tokens_per_step = 512
+batch_size = 2
+max_position_embeddings = 256
+
+# 0.9M parameters
+num_hidden_layers = 4
+hidden_size = 128
+intermediate_size = 384
+num_attention_heads = 4
+num_key_value_heads = 4
+head_dim = 32
+
+max_iters = 5000
+warmup_iters = 250
+learning_rate = 3e-3
+min_lr = 1.5e-4
+
+eval_interval = 500
+eval_iters = 200
+log_interval = 100

@@ -5,12 +5,14 @@ A checkpoint is one torch.save file of tensors and plain values. Its keys `model
 EasyGPT's files; `tokenizer` and `train_state` are ours.
 """
 
+import contextlib
 import dataclasses
 import os
 import pickle
 import re
 import shutil
 import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +29,106 @@ RENAMED_ARGS = {"norm_eps": "rms_norm_eps"}
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` so that a crash at any moment leaves the old file or the new one.
 
-    Raises OSError when it cannot be written; `path` is then untouched.
+    Raises OSError when it cannot be written and ValueError when a weight is NaN or infinite; `path`
+    is then untouched.
     """
+    if not all(bool(t.isfinite().all()) for t in state["model"].values()):
+        raise ValueError(f"{path} not written: weights are NaN or infinite")
     temp = path.with_name(path.name + ".tmp")
     try:
-        with open(temp, "wb") as f:
+        temp.unlink(missing_ok=True)  # "x" below never follows a link that stands there
+        with open(temp, "xb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
         check(temp)
         os.replace(temp, path)
+        sync_folder(path.parent)
     except (RuntimeError, OSError, ValueError) as e:  # a full disk shows as RuntimeError in torch
-        temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {e}") from e
-    if os.name == "posix":  # the new name itself survives a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all; a link that stands there is not followed."""
+    temp = path.with_name(path.name + ".tmp")
+    temp.unlink(missing_ok=True)
+    with open(temp, "x", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(temp, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder survive a power cut, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def to_cpu(value: Any, seen: dict[tuple[int, torch.Size], Tensor] | None = None) -> Any:
+    """A copy of nested dicts and lists whose tensors are on the CPU and shared with nobody.
+
+    Tied tensors stay tied, so that they are written once.
+    """
+    seen = {} if seen is None else seen
+    if isinstance(value, Tensor):
+        key = (value.data_ptr(), value.shape)
+        if key not in seen or value.numel() == 0:
+            seen[key] = value.detach().to("cpu", copy=True)
+        return seen[key]
+    if isinstance(value, dict):
+        return {k: to_cpu(v, seen) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_cpu(v, seen) for v in value)
+    return value
+
+
+class Saver:
+    """Writes the checkpoints of a run in a thread, one at a time, and deletes the old ones.
+
+    The newest `keep_last` stay, those at multiples of `milestone_interval` (0: none), and best.pt.
+    A write that fails leaves what was there; `problem` then says why until one succeeds.
+    """
+
+    def __init__(self, out_dir: Path, keep_last: int, milestone_interval: int = 0) -> None:
+        self.out_dir, self.keep_last, self.milestone = out_dir, keep_last, milestone_interval
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.jobs: list[Future[None]] = []
+        self.problem = ""
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy the state to the CPU now and write ckpt_<step>.pt soon."""
+        self.wait()
+        self.jobs.append(self.thread.submit(self.write, step, to_cpu(state)))
+
+    def mark_best(self, step: int) -> None:
+        """Give the checkpoint of `step` the name best.pt as well, once it has been written."""
+        self.jobs.append(self.thread.submit(self.name_best, step))
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        while self.jobs:
+            self.jobs.pop(0).result()
+
+    def name_best(self, step: int) -> None:
+        path = self.out_dir / f"ckpt_{step}.pt"
+        if path.exists():
+            link(path, self.out_dir / "best.pt")
+
+    def write(self, step: int, state: dict[str, Any]) -> None:
+        try:
+            save(self.out_dir / f"ckpt_{step}.pt", state)
+        except (OSError, ValueError) as e:
+            self.problem = str(e)
+            return
+        self.problem = ""
+        for old, path in steps_saved(self.out_dir)[self.keep_last :]:
+            if not self.milestone or old % self.milestone or old == 0:
+                path.unlink()
 
 
 def link(path: Path, name: Path) -> None:

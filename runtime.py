@@ -4,10 +4,14 @@ import contextlib
 import importlib.util
 import io
 import os
+import platform
 import shutil
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
 
 import torch
 
@@ -45,6 +49,80 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        unlock_folders()
+
+
+class Stop:
+    """Whether the user or the system has asked the run to end, and by which signal.
+
+    The first SIGINT, SIGTERM, SIGBREAK (Windows) or SIGUSR1 is noted, so that the run can save and
+    end in order; the second ends the process at once.
+    """
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGUSR1")
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        for name in self.NAMES:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self.note)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = signal.Signals(number)
+
+    def exit_code(self) -> int:
+        """0 under torchrun, which takes another code for a crash and starts anew; else 128 + n."""
+        if self.signal is None or "TORCHELASTIC_RUN_ID" in os.environ:
+            return 0
+        return 128 + self.signal
+
+
+def lock_folder(folder: Path) -> str:
+    """Make this process the only one that writes to `folder`, until it ends however it ends.
+
+    Returns a line about a holder that died without a word, else "". Raises ValueError naming the
+    process that holds the folder. The lock is the system's, on the file .lock, which names pid and
+    host for people.
+    """
+    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (open until the end)
+    file.seek(0)
+    holder = file.read().strip()
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(1 << 20)  # a locked byte cannot be read, so not one of the text
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise ValueError(
+            f"{folder} is in use by another run ({holder or 'unknown process'}); end that one, or "
+            "choose another --out_dir"
+        ) from e
+    file.seek(0)
+    file.truncate()
+    file.write(f"pid {os.getpid()} on {platform.node()}")
+    file.flush()
+    _locks.append(file)
+    return f"took over {folder} from {holder}, which is gone" if holder else ""
+
+
+def unlock_folders() -> None:
+    """Give back what lock_folder took, at the orderly end of a run."""
+    while _locks:
+        file = _locks.pop()
+        file.seek(0)
+        file.truncate()
+        file.close()
+
+
+_locks: list[TextIO] = []
 
 
 def select_device(name: str) -> torch.device:

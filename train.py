@@ -4,14 +4,22 @@ One flat loop on one device. Every setting below can be set in a config file or 
 Leaves in out_dir: checkpoints, metrics.jsonl, config.json and loss.png.
 """
 
+import contextlib
 import json
 import math
 import os
+import shutil
+import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+# Before torch loads OpenMP: its threads spin while they wait, which on a CPU shared with any other
+# program made small models 30 times slower; spinning briefly costs 4% on an idle one.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from torch import Tensor
@@ -57,11 +65,16 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest gradient norm; 0 = off
 max_skipped = 10  # updates in a row with a loss or gradient that is not finite before giving up
+skip_spike = 0.0  # leave out an update whose loss is this many deviations above the last; 0 = off
 # evaluation, log, checkpoints
 eval_interval = 400  # updates
 eval_iters = 200  # batches of batch_size windows, the same ones every time
 log_interval = 10  # updates
+checkpoint_interval = 0  # updates between checkpoints; 0 = at evaluations
+checkpoint_minutes = 15.0  # and at the latest after this time
 keep_last = 2  # newest checkpoints kept, beside the best
+milestone_interval = 0  # keep the checkpoints at multiples of this for ever; 0 = none
+time_limit = 0.0  # minutes after which to save and stop; 0 = none
 wandb_log = False
 wandb_project = "easygpt"
 wandb_run_name = ""  # empty = the name of out_dir
@@ -70,10 +83,18 @@ device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: type of matrix products, by autocast
 compile = "auto"  # auto, True, False: torch.compile
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent
 # A CPU run shorter than this costs less uncompiled: compiling takes about a minute and saves a
 # fifth of the time, at roughly 1e11 FLOP/s.
 CPU_COMPILE_FLOPS = 1e14
+# Settings that decide what a run learns; a resumed run warns when one has changed.
+RUN_SETTINGS = (
+    *("dataset", "tokens_per_step", "seed", "max_iters", "dropout", "dtype"),
+    *("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "decay_lr"),
+    *("weight_decay", "beta1", "beta2", "grad_clip"),
+)
+SPIKE_WINDOW = 100  # losses that skip_spike looks back on
 
 
 @dataclass
@@ -85,7 +106,8 @@ class TrainState:
 
     iter_num: int = 0  # completed updates
     best_val_loss: float | None = None
-    skipped: int = 0  # updates given up for a number that is not finite, in all
+    skipped: int = 0  # updates left out, in all
+    recent_losses: list[float] = field(default_factory=list)  # for skip_spike
     wandb_run_id: str | None = None
 
 
@@ -93,6 +115,7 @@ def check_settings() -> None:
     """Raises ValueError that lists every setting out of range and every pair that does not fit."""
     least = {"batch_size": 1, "tokens_per_step": 1, "max_iters": 0, "eval_interval": 1}
     least |= {"eval_iters": 1, "log_interval": 1, "keep_last": 1, "warmup_iters": 0}
+    least |= {"checkpoint_interval": 0, "milestone_interval": 0, "skip_spike": 0, "time_limit": 0}
     least |= {"lr_decay_iters": 0, "max_skipped": 1, "grad_clip": 0, "weight_decay": 0, "min_lr": 0}
     problems = [
         f"{name} must be at least {low}, not {globals()[name]}"
@@ -113,6 +136,8 @@ def check_settings() -> None:
         )
     if compile.lower() not in ("auto", "true", "false"):
         problems.append(f"compile must be auto, True or False, not {compile!r}")
+    if not checkpoint_minutes > 0:
+        problems.append(f"checkpoint_minutes must be positive, not {checkpoint_minutes}")
     if not out_dir:
         problems.append("out_dir is empty")
     if problems:
@@ -130,6 +155,42 @@ def accumulation(tokens: int, batch: int, context: int, ranks: int) -> int:
             f"{low + micro}"
         )
     return tokens // micro
+
+
+def smaller_batch(batch: int, windows: int) -> int:
+    """The largest micro-batch of at most half of `batch` that divides a rank's `windows` of a step.
+
+    Raises ValueError when there is nothing below 1.
+    """
+    if batch == 1:
+        raise ValueError(
+            "out of memory with batch_size=1; use a smaller model or max_position_embeddings"
+        )
+    return next(b for b in range(batch // 2, 0, -1) if windows % b == 0)
+
+
+def is_spike(loss: float, recent: list[float], deviations: float) -> bool:
+    """Whether a loss stands out of the last SPIKE_WINDOW ones by so many standard deviations."""
+    if not deviations or len(recent) < SPIKE_WINDOW:
+        return False
+    return loss > statistics.fmean(recent) + deviations * statistics.stdev(recent)
+
+
+def check_disk(out: Path, parameters: int) -> None:
+    """Raises ValueError when the disk cannot hold the run's checkpoints.
+
+    Each has weights and two moments in float32; there are keep_last, the best, and one being
+    written. Files that this run will replace count as free.
+    """
+    needed = 12 * parameters * (keep_last + 2)
+    there = sum(p.stat().st_size for p in out.glob("*.pt"))
+    free = shutil.disk_usage(out).free + there
+    if free < needed:
+        raise ValueError(
+            f"{out} has {free / 1e9:.2f} GB free, but the checkpoints need {needed / 1e9:.2f} GB "
+            f"({keep_last} + best + one being written); make room, choose another --out_dir, or "
+            "--keep_last=1"
+        )
 
 
 def lr_at(step: int, peak: float, low: float, warmup: int, decay: int) -> float:
@@ -242,7 +303,21 @@ def draw_losses(metrics: Path, image: Path) -> None:
     axes.set(xlabel="tokens", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
+    image.unlink(missing_ok=True)
     figure.savefig(image, dpi=150)
+
+
+def keep_records(metrics: Path, step: int) -> None:
+    """Drop from metrics.jsonl what a resumed run will log again: records of `step` and later.
+
+    A last line that a crash cut short goes as well.
+    """
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
+        with contextlib.suppress(ValueError, KeyError):
+            if json.loads(line)["iter"] < step:
+                kept.append(line + "\n")
+    checkpoint.write_text(metrics, "".join(kept))
 
 
 def duration(seconds: float) -> str:
@@ -253,6 +328,8 @@ def duration(seconds: float) -> str:
 
 def main() -> None:
     # --- settings, device, data: everything that can be wrong is found before any work
+    started = time.monotonic()
+    stop = runtime.Stop()
     config = settings_of(globals())
     check_settings()
     rank, ranks = 0, 1
@@ -267,6 +344,9 @@ def main() -> None:
         vocab_size=vocab_size or -(-int(meta["vocab_size"]) // 64) * 64,
     )
     out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    if gone := runtime.lock_folder(out):
+        tqdm.write(gone)
     if init_from == "scratch" and not overwrite and checkpoint.steps_saved(out):
         raise ValueError(
             f"{out} holds a run already; go on with it (--init_from=resume), choose another "
@@ -289,6 +369,15 @@ def main() -> None:
         if "train_state" not in saved:
             raise ValueError(f"{path} cannot be resumed, only started from: --init_from={path}")
         state = TrainState(**saved["train_state"])
+        changed = [
+            f"{k} {v!r} -> {config[k]!r}"
+            for k, v in saved["config"].items()
+            if k in RUN_SETTINGS and config[k] != v
+        ]
+        if saved["data"] != meta["splits"]:
+            changed.append("the dataset's contents")
+        if changed:
+            tqdm.write(f"WARNING  not the same run as before: {', '.join(changed)}")
     elif init_from == "scratch":
         model = GPT(size)
     else:
@@ -304,7 +393,7 @@ def main() -> None:
     val_data = TokenData(folder, "val", context, size.vocab_size)
     order = TrainOrder(train_data.tokens, context, tokens_per_step, seed)
     loader = TrainLoader(train_data, order, rank, ranks, where)
-    out.mkdir(parents=True, exist_ok=True)
+    check_disk(out, num_parameters(model))
     model.to(where)
     optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(where.type, enabled=number == torch.float16)
@@ -332,27 +421,50 @@ def main() -> None:
         tqdm.write(f"resumed  {path} at {state.iter_num} updates")
 
     # --- compile, with one guarded step: torch.compile fails when it is first called, not before
+    micro_batch = batch_size
+    eval_windows = eval_iters * batch_size
+
     def micro_loss(step: int, micro_step: int) -> Tensor:
-        x, y = loader.batch(step, micro_step, batch_size)
+        x, y = loader.batch(step, micro_step, micro_batch)
         with autocast:
             loss: Tensor = model(x, y)[1]
         scaler.scale(loss / micro_steps).backward()
         return loss.detach()
 
-    def eval_data() -> Iterable[tuple[Tensor, Tensor]]:
-        return eval_batches(val_data, eval_windows, batch_size, where, rank, ranks)
+    def val_batches() -> Iterable[tuple[Tensor, Tensor]]:
+        return eval_batches(val_data, eval_windows, micro_batch, where, rank, ranks)
 
-    eval_windows = eval_iters * batch_size
+    def in_memory(work: Callable[[], T]) -> T:
+        """`work` again with half the micro-batch, and twice the micro-steps, until it fits."""
+        nonlocal micro_batch, micro_steps
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as e:
+                tqdm.write(
+                    f"out of memory with batch_size={micro_batch}: {e}".splitlines()[0][:160]
+                )
+            optimizer.zero_grad(set_to_none=True)
+            if where.type == "cuda":
+                torch.cuda.empty_cache()
+            windows = tokens_per_step // (context * ranks)
+            micro_batch = smaller_batch(micro_batch, windows)
+            micro_steps = windows // micro_batch
+            tqdm.write(f"going on with {micro_batch} x {micro_steps} micro-steps; same tokens")
+
+    def first_step() -> None:
+        micro_loss(state.iter_num, 0)
+        mean_loss(model, [next(iter(val_batches()))], autocast)
+
     why_not = runtime.why_not_compile(where)
     pays = where.type == "cuda" or flops_per_step * max_iters >= CPU_COMPILE_FLOPS
     if compile.lower() == "true" or (compile.lower() == "auto" and not why_not and pays):
         t0 = time.perf_counter()
         model.compile()
         try:
-            micro_loss(state.iter_num, 0)
-            mean_loss(model, [next(iter(eval_data()))], autocast)
+            in_memory(first_step)
             tqdm.write(f"compile  took {time.perf_counter() - t0:.0f} s")
-        except torch.OutOfMemoryError:
+        except ValueError:  # not even one window fits
             raise
         except Exception as e:
             reason = f"{type(e).__name__}: {e}".splitlines()[0][:120]
@@ -363,57 +475,73 @@ def main() -> None:
     elif compile.lower() == "auto":
         tqdm.write(f"compile  off: {why_not or 'the run is too short for it to pay'}")
 
-    # --- logs
+    # --- logs and checkpoints
+    for stale in out.glob("*.pt.tmp"):  # of a process that was killed
+        stale.unlink()
     metrics = out / "metrics.jsonl"
-    kept = []
-    if init_from == "resume" and metrics.exists():
-        kept = [
-            line
-            for line in metrics.read_text(encoding="utf-8").splitlines()
-            if json.loads(line)["iter"] < state.iter_num
-        ]
-    if init_from != "resume":
-        for _, old in checkpoint.steps_saved(out):
-            old.unlink()
-        (out / "best.pt").unlink(missing_ok=True)
-    metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if init_from == "resume":
+        keep_records(metrics, state.iter_num)
+        for found, newer in checkpoint.steps_saved(out):
+            if found > state.iter_num:  # passed over for damage above
+                os.replace(newer, newer.with_name(newer.name + ".damaged"))
+    else:
+        for old in [*(path for _, path in checkpoint.steps_saved(out)), out / "best.pt", metrics]:
+            old.unlink(missing_ok=True)
+    checkpoint.write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
     send = wandb_logger(config, state)
+    saver = checkpoint.Saver(out, keep_last, milestone_interval)
+    last_saved, saved_at = state.iter_num if init_from == "resume" else -1, time.monotonic()
 
     def log(record: dict[str, Any], line: str) -> None:
         tqdm.write(line)
-        with metrics.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
+        try:
+            with metrics.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
+        except OSError as e:
+            tqdm.write(f"WARNING  {metrics} not written: {e}")
         send(record)
 
-    def save() -> Path:
-        path = out / f"ckpt_{state.iter_num}.pt"
+    def save() -> None:
+        nonlocal last_saved, saved_at
+        if saver.problem:
+            tqdm.write(f"WARNING  {saver.problem}; training goes on without a new checkpoint")
+        if last_saved == state.iter_num and not saver.problem:
+            return
         contents = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
             "model_args": asdict(size),
             "iter_num": state.iter_num,
             "best_val_loss": state.best_val_loss,
             "config": config,
+            "data": meta["splits"],
             "tokenizer": {"name": tok.name, "vocab_size": tok.vocab_size, "json": tok.json_text},
             "train_state": asdict(state),
-            "scaler": scaler.state_dict(),
         }
-        checkpoint.save(path, contents)
-        for _, old in checkpoint.steps_saved(out)[keep_last:]:
-            old.unlink()
-        return path
+        saver.save(state.iter_num, contents)
+        last_saved, saved_at = state.iter_num, time.monotonic()
+
+    def out_of_time() -> bool:
+        return bool(time_limit) and time.monotonic() - started > 60 * time_limit
 
     # --- the loop
     bar = tqdm(total=max_iters, initial=state.iter_num, disable=None, unit="step", leave=False)
-    started, first = time.perf_counter(), state.iter_num
-    clock_s, clock_steps, skipped_in_a_row = 0.0, 0, 0
+    loop_started, first = time.perf_counter(), state.iter_num
+    clock_s, clock_steps, left_out = 0.0, 0, 0  # left_out: updates in a row
     model.train()
     while True:
         step = state.iter_num
-        if step % eval_interval == 0 or step == max_iters:
-            path = save()
-            val_loss = mean_loss(model, eval_data(), autocast)
+        at_eval = step % eval_interval == 0 or step == max_iters
+        if (
+            at_eval
+            or (checkpoint_interval and step % checkpoint_interval == 0)
+            or (milestone_interval and step % milestone_interval == 0)
+            or time.monotonic() - saved_at > 60 * checkpoint_minutes
+        ):
+            save()  # before evaluation: what fails there costs nothing
+        if at_eval and stop.signal is None:
+            val_loss = in_memory(lambda: mean_loss(model, val_batches(), autocast))
             record = {"iter": step, "tokens": step * tokens_per_step, "val_loss": val_loss}
             line = f"step {step:>6} | val loss {val_loss:.4f}"
             if val_data.nbytes:
@@ -422,10 +550,10 @@ def main() -> None:
                 line += f" | {per_byte:.4f} bits per byte"
             if math.isfinite(val_loss) and val_loss < (state.best_val_loss or math.inf):
                 state.best_val_loss = val_loss
-                checkpoint.link(path, out / "best.pt")
+                saver.mark_best(step)
                 line += " | best"
             log(record, line)
-        if step == max_iters:
+        if step == max_iters or stop.signal is not None or out_of_time():
             break
 
         t0 = time.perf_counter()
@@ -434,37 +562,58 @@ def main() -> None:
             rate = lr_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(key_of(seed, step, rank) % 2**63)  # dropout of this step, resumed or not
-        loss_sum = torch.zeros((), device=where)
-        for micro_step in range(micro_steps):
-            # The model's loss is a mean over its micro-batch. Gradients add up over micro-batches,
-            # so each is divided by their number: the sum is then the gradient of the mean over
-            # the whole step, whatever the micro-batch size.
-            loss_sum += micro_loss(step, micro_step)
+
+        def accumulate(step: int = step) -> Tensor | None:
+            """Mean loss of the step, its gradients left in the parameters; None when stopped."""
+            torch.manual_seed(key_of(seed, step, rank) % 2**63)  # dropout, resumed or not
+            total = torch.zeros((), device=where)
+            for micro_step in range(micro_steps):
+                if stop.signal is not None:
+                    return None  # a step can take longer than the grace after a signal
+                # The model's loss is a mean over its micro-batch. Gradients add up over
+                # micro-batches, so each is divided by their number: the sum is then the gradient
+                # of the mean over the whole step, whatever the micro-batch size.
+                total += micro_loss(step, micro_step)
+            return total / micro_steps
+
+        mean = in_memory(accumulate)
+        if mean is None:
+            optimizer.zero_grad(set_to_none=True)
+            break
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        loss, grad_norm = torch.stack((loss_sum / micro_steps, norm)).tolist()  # the one wait
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        loss, grad_norm = torch.stack((mean, norm)).tolist()  # the step's one wait for the device
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        spike = finite and is_spike(loss, state.recent_losses, skip_spike)
+        if finite and not spike:
             scaler.step(optimizer)
-            skipped_in_a_row = 0
+            left_out = 0
         else:
             state.skipped += 1
-            skipped_in_a_row += 1
-            tqdm.write(f"step {step:>6} | skipped: loss {loss}, gradient norm {grad_norm}")
-            if skipped_in_a_row >= max_skipped:
+            left_out += 1
+            why = "a spike" if spike else "not finite"
+            tqdm.write(f"step {step:>6} | left out, {why}: loss {loss}, gradient norm {grad_norm}")
+            if left_out >= max_skipped:
+                windows = order.starts(step, 0, tokens_per_step // context).tolist()
+                report = {"iter": step, "loss": loss, "grad_norm": grad_norm, "windows": windows}
+                checkpoint.write_text(out / "bad_step.json", json.dumps(report))
+                saver.wait()
                 raise ValueError(
-                    f"{skipped_in_a_row} updates in a row were not finite, the last at step {step}"
-                    f"; the last good checkpoint is in {out}. Try a lower learning_rate"
+                    f"{left_out} updates in a row were left out, the last at step {step} ({why}); "
+                    f"the last good checkpoint is in {out}, the step's windows in bad_step.json. "
+                    "Try a lower learning_rate"
                 )
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if skip_spike and finite:
+            state.recent_losses = [*state.recent_losses, loss][-SPIKE_WINDOW:]
         clock_s, clock_steps = clock_s + time.perf_counter() - t0, clock_steps + 1
         state.iter_num += 1
         bar.update()
         if step % log_interval == 0:
             speed = clock_steps * tokens_per_step / clock_s
             flops = clock_steps * flops_per_step / clock_s
-            left = (time.perf_counter() - started) / (step + 1 - first) * (max_iters - step - 1)
+            steps_per_s = (step + 1 - first) / (time.perf_counter() - loop_started)
             record = {"iter": step, "tokens": (step + 1) * tokens_per_step, "loss": loss}
             record |= {"lr": rate, "grad_norm": grad_norm, "tokens_per_s": round(speed)}
             record |= {"tflops": flops / 1e12, "mfu": flops / peak if peak else None}
@@ -473,12 +622,26 @@ def main() -> None:
                 record,
                 f"step {step:>6} | loss {loss:.4f} | lr {rate:.2e} | norm {grad_norm:.2f} | "
                 f"{speed:,.0f} tok/s | {flops / 1e12:.2f} TFLOP/s{share} | "
-                f"{duration(left)} left",
+                f"{duration((max_iters - step - 1) / steps_per_s)} left",
             )
             clock_s, clock_steps = 0.0, 0
+
+    # --- the end, by itself or by a signal
+    save()
+    saver.wait()
     bar.close()
-    draw_losses(metrics, out / "loss.png")
-    tqdm.write(f"done: best val loss {state.best_val_loss}, {out}")
+    if saver.problem:
+        raise OSError(f"{saver.problem}; the last {step - last_saved} updates are lost")
+    if state.iter_num < max_iters:
+        cause = stop.signal.name if stop.signal else f"time_limit={time_limit}"
+        args = [a for a in sys.argv[1:] if not a.startswith(("--init_from", "--overwrite"))]
+        again = " ".join(["python", sys.argv[0], *args, "--init_from=resume"])
+        tqdm.write(f"stopped by {cause} after {state.iter_num} updates, all saved; go on: {again}")
+    else:
+        draw_losses(metrics, out / "loss.png")
+        best = f"best val loss {state.best_val_loss:.4f}, " if state.best_val_loss else ""
+        tqdm.write(f"done: {best}{state.skipped} updates left out, all in {out}")
+    sys.exit(stop.exit_code())
 
 
 if __name__ == "__main__":

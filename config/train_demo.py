@@ -6,10 +6,10 @@ out_dir = "out/demo"
 overwrite = True  # the demo may be run again and again
 dataset = "stdlib"
 
-# 2 windows x 256 bytes: many small updates learn more in five minutes than few large ones
+# 4 windows x 128 bytes: many small updates learn more in five minutes than few large ones
 tokens_per_step = 512
-batch_size = 2
-max_position_embeddings = 256
+batch_size = 4
+max_position_embeddings = 128
 
 # 0.9M parameters
 num_hidden_layers = 4
@@ -19,11 +19,11 @@ num_attention_heads = 4
 num_key_value_heads = 4
 head_dim = 32
 
-max_iters = 5000
-warmup_iters = 250
+max_iters = 4500
+warmup_iters = 200
 learning_rate = 3e-3
 min_lr = 1.5e-4
 
-eval_interval = 500
+eval_interval = 750
 eval_iters = 200
 log_interval = 100

@@ -33,6 +33,7 @@ def test_a_run_and_what_it_leaves(script, tiny, tmp_path):
     assert result.code == 0, result.err
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
+        ".lock",
         "best.pt",
         "ckpt_12.pt",
         "ckpt_6.pt",
@@ -117,15 +118,16 @@ def test_starting_from_a_checkpoint_is_a_new_run_on_its_weights(script, tiny, tm
 
 def test_numbers_that_are_not_finite_skip_the_step_and_then_end_the_run(script, tiny, tmp_path):
     script("train.py", *tiny, "--max_iters=6")
-    good = weights(tmp_path / "out" / "ckpt_6.pt")
     state = checkpoint.load(tmp_path / "out" / "ckpt_6.pt")
     state["model"]["norm.weight"][:] = math.inf
     torch.save(state, tmp_path / "out" / "ckpt_6.pt")
     flags = ["--init_from=resume", "--max_iters=30", "--max_skipped=3", "--eval_interval=100"]
     result = script("train.py", *tiny, *flags)
     assert result.code == 1 and "3 updates in a row" in result.err
-    assert result.out.count("skipped: loss nan") == 3
-    assert set(good) and not (tmp_path / "out" / "ckpt_30.pt").exists()
+    assert result.out.count("left out, not finite: loss nan") == 3
+    assert not (tmp_path / "out" / "ckpt_30.pt").exists()
+    report = json.loads((tmp_path / "out" / "bad_step.json").read_text(encoding="utf-8"))
+    assert report["iter"] == 8 and len(report["windows"]) == 8
 
 
 def test_compile_that_fails_falls_back_to_eager(script, tiny, tmp_path, monkeypatch):

@@ -532,7 +532,7 @@ def main() -> None:
     model.train()
     while True:
         step = state.iter_num
-        at_eval = step % eval_interval == 0 or step == max_iters
+        at_eval = step % eval_interval == 0 or step >= max_iters
         if (
             at_eval
             or (checkpoint_interval and step % checkpoint_interval == 0)
@@ -553,7 +553,7 @@ def main() -> None:
                 saver.mark_best(step)
                 line += " | best"
             log(record, line)
-        if step == max_iters or stop.signal is not None or out_of_time():
+        if step >= max_iters or stop.signal is not None or out_of_time():
             break
 
         t0 = time.perf_counter()

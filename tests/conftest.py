@@ -1,10 +1,13 @@
 """What the tests share: the repository on sys.path, a tiny dataset, and a way to run scripts."""
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny and tests run side by side
 
 import hypothesis
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-hypothesis.settings.register_profile("patient", deadline=None)  # machines differ
+hypothesis.settings.register_profile("patient", deadline=None, max_examples=50)  # machines differ
 hypothesis.settings.load_profile("patient")
 
 TEXT = "the cat sat on the mat and the dog sat on the log. " * 400
@@ -57,28 +60,29 @@ def dataset(tmp_path_factory):
     return folder
 
 
+TINY = [
+    "--num_hidden_layers=2",
+    "--hidden_size=32",
+    "--intermediate_size=64",
+    "--num_attention_heads=2",
+    "--num_key_value_heads=1",
+    "--head_dim=16",
+    "--max_position_embeddings=32",
+    "--batch_size=4",
+    "--tokens_per_step=256",
+    "--max_iters=12",
+    "--warmup_iters=2",
+    "--learning_rate=1e-2",
+    "--min_lr=1e-3",
+    "--eval_interval=6",
+    "--eval_iters=2",
+    "--log_interval=1",
+    "--device=cpu",
+    "--dtype=float32",
+]
+
+
 @pytest.fixture
 def tiny(dataset, tmp_path):
     """Flags of a run that takes a moment; out_dir is tmp_path/out."""
-    return [
-        f"--dataset={dataset}",
-        f"--out_dir={tmp_path / 'out'}",
-        "--num_hidden_layers=2",
-        "--hidden_size=32",
-        "--intermediate_size=64",
-        "--num_attention_heads=2",
-        "--num_key_value_heads=1",
-        "--head_dim=16",
-        "--max_position_embeddings=32",
-        "--batch_size=4",
-        "--tokens_per_step=256",
-        "--max_iters=12",
-        "--warmup_iters=2",
-        "--learning_rate=1e-2",
-        "--min_lr=1e-3",
-        "--eval_interval=6",
-        "--eval_iters=2",
-        "--log_interval=1",
-        "--device=cpu",
-        "--dtype=float32",
-    ]
+    return [f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY]

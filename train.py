@@ -617,6 +617,7 @@ def main() -> None:
             record = {"iter": step, "tokens": (step + 1) * tokens_per_step, "loss": loss}
             record |= {"lr": rate, "grad_norm": grad_norm, "tokens_per_s": round(speed)}
             record |= {"tflops": flops / 1e12, "mfu": flops / peak if peak else None}
+            record["elapsed_s"] = round(time.perf_counter() - loop_started, 3)
             share = f" {flops / peak:.1%} MFU" if peak else ""
             log(
                 record,

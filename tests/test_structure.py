@@ -19,6 +19,7 @@ ALLOWED = {  # DESIGN: leaves never import each other, but for checkpoint -> mod
     "checkpoint": {"model"},
     "train": {"checkpoint", "configurator", "dataloader", "model", "runtime", "tokenizer"},
     "sample": {"checkpoint", "configurator", "model", "runtime", "tokenizer"},
+    "bench": {"configurator", "model", "runtime"},
     "data/prepare": {"configurator", "tokenizer"},
 }
 PROJECT = {name.split("/")[-1] for name in ALLOWED}

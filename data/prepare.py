@@ -217,6 +217,8 @@ def publish(out: Path) -> dict[str, Any]:
     meta: dict[str, Any] = json.loads(data)
     if meta["tokenizer"] == "tokenizer.json":
         write_file(out / "tokenizer.json", (work / "tokenizer.json").read_bytes())
+    else:
+        (out / "tokenizer.json").unlink(missing_ok=True)  # of what was here before
     write_file(out / "meta.json", data)
     for name in ("val.bin", "train.bin"):
         if (work / name).exists():
@@ -245,6 +247,8 @@ def lock(path: Path) -> Iterator[None]:
             import fcntl
 
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(f.fileno()), path.stat()):
+                raise OSError  # its holder has just deleted it
     except OSError as e:
         f.seek(0)
         holder = f.read().strip() or "another process"
@@ -263,6 +267,7 @@ def lock(path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: there is more to do
             path.parent.rmdir()
+            path.parent.parent.rmdir()
 
 
 def mine(found: Source) -> tuple[list[int], list[int]]:
@@ -385,12 +390,19 @@ def prepare(out: Path, name: str) -> None:
     if (work / "meta.json").exists():
         publish(out)  # the last run was killed at the very end
     saved = json.loads(p.read_bytes()) if (p := work / "plan.json").exists() else None
-    if overwrite:
+    plan = {"format": 1, "batch": BATCH, **request(name)}
+    begun = any(work.glob("[0-9]*.json"))
+    if overwrite or (saved and saved["plan"] != plan and not begun):
         saved = None
         for path in work.glob("*"):
             if not path.name.startswith("lock"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif saved is None and (out / "meta.json").exists() and (out / "train.bin").exists():
+    if (
+        not overwrite
+        and saved is None
+        and (out / "meta.json").exists()
+        and (out / "train.bin").exists()
+    ):
         meta = json.loads((out / "meta.json").read_bytes())
         if meta.get("request") != request(name):
             raise ValueError(
@@ -399,7 +411,6 @@ def prepare(out: Path, name: str) -> None:
             )
         print(f"{out} is complete already (--overwrite=True prepares it again)")
         return
-    plan = {"format": 1, "batch": BATCH, **request(name)}
     if saved is not None and saved["plan"] != plan:
         changed = ", ".join(k for k in plan if plan[k] != saved["plan"].get(k))
         raise ValueError(
@@ -553,9 +564,9 @@ def main() -> None:
         for other in {out / "parts" / "lock", *(out / "parts").glob("lock-*")} if not share else []:
             locks.enter_context(lock(other))
         if share:
-            with lock(out / "parts" / "lock"):  # nobody makes the whole
-                pass
             locks.enter_context(lock(out / "parts" / f"lock{share}"))
+            with lock(out / "parts" / "lock"):  # nobody is making the whole
+                pass
         prepare(out, name)
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import tiktoken
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer
@@ -77,6 +77,7 @@ HARD_PIECES += ["<|endoftext|>"]
 hard_text = st.lists(st.sampled_from(HARD_PIECES), max_size=40).map("".join)
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(max_size=200), hard_text))
 def test_ids_are_tiktokens(reference, text):
     """Ours come from another regex, with marks in runs of blanks."""
@@ -97,6 +98,7 @@ def test_every_byte_and_token_is_tiktokens(reference):
         assert ours.token_bytes(i, False) == reference.decode_single_token_bytes(i)
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(max_size=200), hard_text), st.integers(1, 30))
 def test_cutting_a_text_keeps_gpt2s_ids(text, piece):
     """Wherever a piece ends at a safe place, the ids are those of the whole."""
@@ -113,6 +115,7 @@ def test_cutting_a_text_keeps_gpt2s_ids(text, piece):
     assert ids == tok.encode_piece(text).tolist()
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(max_size=200), hard_text))
 def test_cutting_at_every_safe_place_keeps_gpt2s_ids(text):
     tok = get_gpt2()
@@ -122,6 +125,7 @@ def test_cutting_at_every_safe_place_keeps_gpt2s_ids(text):
     assert ids == tok.encode_piece(text).tolist()
 
 
+@settings(deadline=None)
 @given(hard_text, st.lists(st.integers(1, 9), min_size=20), st.integers(1, 20))
 def test_blocks_of_a_text_are_cut_as_the_text(text, sizes, piece):
     tok = get_gpt2()
@@ -187,6 +191,7 @@ def test_ids_without_meaning_give_no_text(tok):
         assert tok.decode([*ids, tok.vocab_size, 50303, -1]) == "ab"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_streaming_equals_decoding(text):
     for tok in (get_gpt2(), get_tokenizer("bytes")):
@@ -198,6 +203,7 @@ def test_streaming_equals_decoding(text):
             assert "\ufffd" not in "".join(pieces), "a character was split"
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 399), max_size=40))
 def test_streaming_any_ids_equals_decoding(ids, trained):
     for tok in (trained, get_tokenizer("bytes")):

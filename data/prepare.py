@@ -2,359 +2,572 @@
 
 With no arguments the source is OpenWebText from the Hugging Face Hub, with GPT-2's tokens.
 --source=stdlib is the prose inside every Python installation: 2 MB of English, no download.
---source=PATH is your own text: a .txt, .jsonl or .parquet file, or a folder of them.
+--source=PATH is your own text: a file, a folder or a pattern of .txt, .jsonl, .parquet and more.
+--verify=True checks a folder that is there. Run the same command again after an interruption.
 
-Each source file is tokenized by a worker into a part of its own; finished parts survive an
-interruption. Then the parts become train.bin, val.bin and meta.json, each through a temp name.
+Workers turn each part of the source into a file of tokens in data/<dataset>/parts. When all are
+there, train.bin grows by one part at a time, which is then deleted, so that the disk holds little
+more than the tokens once, and neither an interruption nor the number of workers changes a byte.
 """
 
-import ast
+import contextlib
 import hashlib
-import inspect
 import json
 import math
-import multiprocessing
 import os
+import shutil
+import socket
 import sys
-import sysconfig
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from configurator import configure  # noqa: E402
-from tokenizer import get_tokenizer  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import sources  # noqa: E402
+from parts import (  # noqa: E402
+    BATCH,
+    COPY,
+    Job,
+    TokenFile,
+    encode_parts,
+    enough,
+    facts_of,
+    index_of,
+    read_tokens,
+    token_type,
+    write_file,
+)
+from sources import BadData, Part, Source  # noqa: E402
 
-source = "hub:Skylion007/openwebtext"  # hub:NAME, stdlib, or a path
+from configurator import configure  # noqa: E402
+from tokenizer import Tokenizer, get_tokenizer  # noqa: E402
+
+# what
+source = "hub:Skylion007/openwebtext"  # hub:NAME, stdlib, a file, a folder, or a pattern with *
 dataset = ""  # name of the folder under data/ to write, or a path; empty = from the source
-tokenizer = "auto"  # gpt2, bytes, a path to a tokenizer.json; auto = gpt2, for stdlib bytes
-text_column = "text"  # of .jsonl and .parquet
+tokenizer = "auto"  # gpt2, bytes, PATH of a tokenizer.json, train:8192; auto = gpt2, stdlib bytes
+text_column = "text"  # of .jsonl, .parquet and .arrow
+separator = ""  # between the documents of a .txt, such as <|endoftext|>; empty = a file is one
+subset = ""  # of a Hub dataset that has several
+split = "train"  # of a Hub dataset
+revision = ""  # of a Hub dataset: branch, tag or commit; empty = the newest, which is recorded
+# how much
+max_tokens = ""  # stop after so many, such as 100M; empty = all
+shards = ""  # 0-7 or 0,3: only these files of the source; 2/8: the third of eight equal shares
+merge = False  # put together what --shards=0/8 ... 7/8 have made
+# split
 val_fraction = 0.0  # of the documents; 0 = 0.0005 as nanoGPT, 0.05 below 100,000 documents
 seed = 2357  # of the split, nanoGPT's
+# how
 num_proc = 0  # worker processes; 0 = one a core
-overwrite = False  # prepare again what is already complete
+skip_bad = False  # leave damaged files and documents out, and list them in meta.json
+overwrite = False  # throw away what is in the folder, complete or not
+verify = False  # only check the folder: counts, hashes, range of the ids; show some text
 
-KINDS = (".txt", ".jsonl", ".parquet")
-OPENWEBTEXT_DOCUMENTS = 8_013_769
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+SYNC_SHARE = 0.04  # of train.bin may be on the disk twice while it grows
+TRAIN_ON = 2**27  # characters that --tokenizer=train:N learns from, from the start of the source
+LLMC_MAGIC, HEADER = 20240520, 512  # of llm.c's shards; the header in uint16
+# Bytes of text per byte on disk and tokens per byte of text, at least: for the free-disk check
+EXPANSION = {".parquet": 1.4, ".jsonl.gz": 2.0, ".txt.gz": 2.0, ".jsonl.zst": 2.0, ".tar": 2.5}
+TOKENS_PER_BYTE = {"gpt2": 0.2, "bytes": 1.0}
 
 
-def stdlib_documents() -> Iterator[str]:
-    """The help topics of pydoc and every docstring of the standard library, repeats left out.
+def val_documents(n: int, fraction: float, split_seed: int) -> NDArray[np.int64]:
+    """Which of n documents are for validation, in val.bin's order.
 
-    Files are read with ast, nothing is imported or run. Raises FileNotFoundError where Python
-    comes without its .py files (the embeddable one for Windows).
+    As datasets.train_test_split(test_size=fraction, seed=split_seed, shuffle=True) chooses them,
+    but that neither split is ever empty.
     """
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(
-        p
-        for p in folder.rglob("*.py")
-        if not SKIPPED_FOLDERS.intersection(p.relative_to(folder).parts)
-    )
-    if not files:
-        raise FileNotFoundError(
-            f"{folder} has no .py files, so this Python has no docstrings to read; "
-            "use a full installation, or --source=PATH with a text of your own"
-        )
-    from pydoc_data.topics import topics
-
-    seen = set()
-    for text in [text for _, text in sorted(topics.items())] + list(docstrings(files)):
-        text = inspect.cleandoc(text).strip()
-        if text and text not in seen:
-            seen.add(text)
-            yield text
-
-
-def docstrings(files: list[Path]) -> Iterator[str]:
-    """The docstrings of modules, classes and functions, in the order of the files."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for path in files:
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError):  # a few files are broken on purpose
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, kinds) and (text := ast.get_docstring(node)):
-                yield text
-
-
-def file_documents(path: Path, column: str) -> Iterator[str]:
-    """The documents of a file: a .txt is one, .jsonl and .parquet hold one a row.
-
-    Raises ValueError naming the file, and the line where there is one.
-    """
-    try:
-        if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as f:
-                for number, line in enumerate(f, 1):
-                    if line.strip():
-                        yield text_of(json.loads(line), column, f"{path} line {number}")
-        else:
-            yield from parquet_documents(path, column)
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from e
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} line {number}: not JSON ({e.msg})") from e
-
-
-def text_of(row: object, column: str, where: str) -> str:
-    """The text of a row. Raises ValueError that lists the columns there are."""
-    text = row.get(column) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where}: no text in column {column!r} (there: {there}); --text_column=?")
-    return text
-
-
-def parquet_documents(path: Path, column: str) -> Iterator[str]:
-    """The texts of a parquet file, a thousand rows in memory at a time."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        if column not in table.schema_arrow.names:
-            raise ValueError(
-                f"{path} has no column {column!r}; it has {', '.join(table.schema_arrow.names)}: "
-                "set --text_column"
-            )
-        for batch in table.iter_batches(batch_size=1000, columns=[column]):
-            for text in batch.column(0).to_pylist():
-                yield text or ""
-    except pyarrow.ArrowException as e:
-        raise ValueError(f"{path} is truncated or not a parquet file ({e})") from e
-
-
-def source_files(name: str) -> list[Path]:
-    """The files of a path in name order. Raises OSError or ValueError when there are none."""
-    path = Path(name)
-    if path.is_file():
-        if path.suffix not in KINDS:
-            raise ValueError(f"{path} must be one of {', '.join(KINDS)}")
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"no source {name!r}: give hub:NAME, stdlib, a file or a folder")
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in KINDS)
-    if not files:
-        raise ValueError(f"{path} holds no {', '.join(KINDS)} files")
-    return files
-
-
-def hub_files(name: str) -> list[Path]:
-    """The parquet files of a Hub dataset's training split, downloaded to its cache."""
-    try:
-        from huggingface_hub import HfApi, hf_hub_download
-
-        listed = HfApi().list_repo_files(name, repo_type="dataset")
-        shards = sorted(f for f in listed if f.endswith(".parquet") and "train" in f)
-        if not shards:
-            raise ValueError(f"the Hub dataset {name} has no train*.parquet files")
-        return [Path(hf_hub_download(name, f, repo_type="dataset")) for f in tqdm(shards)]
-    except (OSError, RuntimeError) as e:  # huggingface_hub's errors are OSError or httpx's
-        raise OSError(
-            f"cannot get {name} from the Hub ({type(e).__name__}); set HF_ENDPOINT to a mirror, or "
-            f"download it elsewhere and give --source=FOLDER; --source=stdlib needs no network"
-        ) from e
-
-
-def encode_part(
-    path: Path | None, part: Path, name: str, json_text: str | None, column: str, halves: bool
-) -> tuple[int, int]:
-    """Tokenize one source file (None: the embedded corpus) into `part`; documents and tokens.
-
-    Writes part.bin (ids), part.lengths (uint32 tokens of each document) and last part.json,
-    which says that the part is complete. `halves` cuts a lone document in two for the split.
-    """
-    tok = get_tokenizer(name, json_text=json_text)
-    dtype = dtype_of(tok.vocab_size)
-    lengths, byte_counts, largest = [], [], 0
-    texts = stdlib_documents() if path is None else file_documents(path, column)
-    if halves:
-        (text,) = texts
-        cut = text.rfind("\n", 0, int(len(text) * 0.95)) + 1 or int(len(text) * 0.95)
-        texts = iter((text[:cut], text[cut:]))
-    with part.with_suffix(".bin").open("wb") as f:
-        for text in texts:
-            ids = np.array([*tok.encode(text), tok.eot], dtype=dtype)
-            f.write(ids.tobytes())
-            lengths.append(len(ids))
-            byte_counts.append(len(text.encode("utf-8", errors="replace")))
-            largest = max(largest, int(ids.max()))
-    np.array([lengths, byte_counts], dtype="<u4").tofile(part.with_suffix(".lengths"))
-    facts = {"documents": len(lengths), "tokens": sum(lengths), "max_id": largest}
-    write_text(part.with_suffix(".json"), json.dumps(facts))
-    return len(lengths), sum(lengths)
-
-
-def dtype_of(vocab_size: int) -> str:
-    return "<u2" if vocab_size <= 2**16 else "<u4"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temp = path.with_name(path.name + ".tmp")
-    with temp.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temp, path)
-
-
-class Bin:
-    """A token file under a temporary name, with its hash; `done` puts it in place."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.temp = path, path.with_name(path.name + ".tmp")
-        self.file = self.temp.open("wb")
-        self.sha256 = hashlib.sha256()
-        self.facts = {"tokens": 0, "documents": 0, "bytes": 0, "max_id": 0}
-
-    def add(self, ids: np.ndarray[Any, Any], documents: int, text_bytes: int) -> None:
-        data = ids.tobytes()
-        self.file.write(data)
-        self.sha256.update(data)
-        facts = self.facts
-        facts["tokens"] += len(ids)
-        facts["documents"] += documents
-        facts["bytes"] += text_bytes
-        facts["max_id"] = max(facts["max_id"], int(ids.max(initial=0)))
-
-    def close(self) -> dict[str, Any]:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return {"files": [self.path.name], **self.facts, "sha256": self.sha256.hexdigest()}
-
-    def done(self) -> None:
-        os.replace(self.temp, self.path)
-
-
-def val_documents(n: int, fraction: float, split_seed: int) -> np.ndarray[Any, Any]:
-    """Which documents are for validation, in the order in which val.bin holds them.
-
-    As datasets.train_test_split(test_size=fraction, seed=split_seed, shuffle=True) chooses them.
-    """
-    return np.random.default_rng(split_seed).permutation(n)[: math.ceil(fraction * n)]
+    order = np.random.default_rng(split_seed).permutation(n)
+    return order[: min(max(1, math.ceil(fraction * n)), n - 1)]
 
 
 def assemble(
-    parts: list[Path], out: Path, dtype: str, fraction: float
-) -> tuple[dict[str, Any], list[Bin], float]:
-    """Parts to train.bin and val.bin under temporary names: splits for meta.json, files, fraction.
+    work: Path, facts: dict[int, dict[str, Any]], tok: Tokenizer, limit: int
+) -> dict[str, Any]:
+    """Parts to train.bin and val.bin in the parts' folder: what meta.json says of the splits.
 
     Validation documents stand in the split's order, training documents in the source's (the
-    loader shuffles). A part is deleted as soon as it has been copied, so that the disk holds
-    little more than the tokens once.
+    loader shuffles). assembly.json says how far train.bin has come, and a part is deleted when
+    that has reached the disk; a run that was killed goes on from there.
     """
-    tables = [np.fromfile(p.with_suffix(".lengths"), dtype="<u4").reshape(2, -1) for p in parts]
-    n = sum(t.shape[1] for t in tables)
+    dtype = token_type(tok.vocab_size)
+    paths = [work / f"{number:05d}.bin" for number in facts]
+    tables = [index_of(work, number, f) for number, f in facts.items()]
+    if limit:
+        tables = cut_tables(tables, limit)
+    edges = np.cumsum([0] + [len(t) for t in tables])  # first document of each part
+    n = int(edges[-1])
     if n == 0:
         raise ValueError("the source has no documents")
-    fraction = fraction or (0.0005 if n >= 100_000 else 0.05)
-    chosen = np.array([1]) if n == 2 else val_documents(n, fraction, seed)
-    place = {int(doc): i for i, doc in enumerate(chosen)}
-    held: list[tuple[np.ndarray[Any, Any], int] | None] = [None] * len(place)
-    train, val, first = Bin(out / "train.bin"), Bin(out / "val.bin"), 0
-    for part, (lengths, byte_counts) in zip(parts, tables, strict=True):
-        tokens = np.fromfile(part.with_suffix(".bin"), dtype=dtype)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        if len(tokens) != (ends[-1] if len(ends) else 0):
-            raise ValueError(f"{part.with_suffix('.bin')} is damaged; delete it and start again")
-        keep = np.ones(len(tokens), dtype=bool)
-        mine = [i for i in range(len(lengths)) if first + i in place]
-        for i in mine:
-            span = slice(int(ends[i]) - int(lengths[i]), int(ends[i]))
-            held[place[first + i]] = tokens[span].copy(), int(byte_counts[i])
-            keep[span] = False
-        text_bytes = int(byte_counts.sum(dtype=np.int64)) - sum(int(byte_counts[i]) for i in mine)
-        train.add(tokens[keep], len(lengths) - len(mine), text_bytes)
-        first += len(lengths)
-    for item in held:
-        assert item is not None
-        val.add(item[0], 1, item[1])
-    return {"train": train.close(), "val": val.close()}, [val, train], fraction
+    fraction = val_fraction or (0.0005 if n >= 100_000 else 0.05)
+    if n == 1:
+        k = int(np.argmax(edges > 0)) - 1
+        splits = split_one(paths[k], int(tables[k][0, 0]), tok, fraction)
+        return {"val_fraction": fraction, "splits": splits}
+    chosen = val_documents(n, fraction, seed)
+    is_val = np.zeros(n, dtype=bool)
+    is_val[chosen] = True
+
+    journal = work / "assembly.json"
+    state = json.loads(journal.read_bytes()) if journal.exists() else {"part": 0, "tokens": 0}
+    if not state["part"]:  # all parts are still there
+        val = TokenFile(work / "val.bin", dtype)
+        ends = [np.cumsum(t[:, 0]) for t in tables]
+        for i in chosen:
+            k = int(np.searchsorted(edges, i, side="right")) - 1
+            end, length = int(ends[k][i - edges[k]]), int(tables[k][i - edges[k], 0])
+            for ids in read_tokens(paths[k], dtype, end - length, end):
+                val.write(ids)
+        val.close()
+    train = TokenFile(work / "train.bin", dtype, state["tokens"])
+    copied = paths[: state["part"]]
+    for k in range(state["part"], len(paths)):
+        for start, stop in kept_ranges(tables[k][:, 0], is_val[edges[k] : edges[k + 1]]):
+            for ids in read_tokens(paths[k], dtype, start, stop):
+                train.write(ids)
+        copied.append(paths[k])
+        if sum(p.stat().st_size for p in copied if p.exists()) > SYNC_SHARE * train.file.tell():
+            train.sync()
+            write_file(journal, json.dumps({"part": k + 1, "tokens": train.tokens}).encode())
+            for path in copied:
+                path.unlink(missing_ok=True)
+            copied = []
+    train.close()
+    table = np.concatenate(tables)
+    splits = {}
+    for name, documents in (("train", table[~is_val]), ("val", table[is_val])):
+        known = {"documents": len(documents), "bytes": int(documents[:, 1].sum())}
+        splits[name] = {**file_facts(work / f"{name}.bin", dtype), **known}
+    return {"val_fraction": fraction, "splits": splits}
 
 
-def main() -> None:
-    hub = source.removeprefix("hub:") if source.startswith("hub:") else ""
-    stem = hub.split("/")[-1] if hub else Path(source).stem
-    named = dataset or stem
-    out = Path(named) if "/" in named or os.sep in named else ROOT / "data" / named
-    name = tokenizer
-    if name == "auto":
-        name = "bytes" if source == "stdlib" else "gpt2"
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
-    made = out / "meta.json"
-    if made.exists() and (out / "train.bin").exists() and not overwrite:
-        meta = json.loads(made.read_text(encoding="utf-8"))
-        if meta.get("source") != source:
+def cut_tables(tables: list[NDArray[np.int64]], limit: int) -> list[NDArray[np.int64]]:
+    """Only the first documents that have `limit` tokens together."""
+    kept, left = [], limit
+    for table in tables:
+        before = np.cumsum(table[:, 0]) - table[:, 0]
+        kept.append(table[before < left])
+        left -= int(table[:, 0].sum())
+    return kept
+
+
+def kept_ranges(
+    lengths: NDArray[np.int64], left_out: NDArray[np.bool_]
+) -> Iterator[tuple[int, int]]:
+    """First token and end of each run of documents that are not left out."""
+    edges = np.concatenate([[0], np.cumsum(lengths)])
+    change = np.flatnonzero(np.diff(np.concatenate([[True], left_out, [True]])))
+    for first, last in change.reshape(-1, 2):
+        yield int(edges[first]), int(edges[last])
+
+
+def split_one(path: Path, length: int, tok: Tokenizer, fraction: float) -> dict[str, Any]:
+    """Splits of a lone document of `length` tokens: its end is for validation.
+
+    From a new line on if one is near, else between two characters.
+    """
+    dtype, tokens = token_type(tok.vocab_size), length - 1  # without end-of-text
+    cut = tokens - math.ceil(fraction * tokens)
+    near = [i for ids in read_tokens(path, dtype, cut, min(tokens, cut + 4096)) for i in ids]
+    texts = [tok.decode([token]) for token in near[:-1]]
+    ends = [i for i, t in enumerate(texts) if t.endswith("\n")]
+    ends += [i for i, t in enumerate(texts) if not t.endswith("\ufffd")]
+    if not ends:
+        raise ValueError("the source is one document of a word or two: too little to split")
+    cut += ends[0] + 1
+    splits = {}
+    for name, start, stop in (("train", 0, cut), ("val", cut, tokens)):
+        file, size = TokenFile(path.with_name(f"{name}.bin"), dtype), 0
+        for ids in read_tokens(path, dtype, start, stop):
+            file.write(ids)
+            size += sum(len(tok.token_bytes(i, start + j == 0)) for j, i in enumerate(ids.tolist()))
+        file.write(np.array([tok.eot]))
+        file.close()
+        splits[name] = {**file_facts(file.path, dtype), "documents": 1, "bytes": size}
+    return splits
+
+
+def file_facts(path: Path, dtype: str, skip: int = 0) -> dict[str, Any]:
+    """Tokens, sha256 and largest id of a token file; the ids begin after `skip` of header."""
+    sha256, largest = hashlib.sha256(), 0
+    size, width = path.stat().st_size, np.dtype(dtype).itemsize
+    if size % width:
+        raise ValueError(f"{path} has {size} bytes, not a multiple of {width}: it is unfinished")
+    for ids in read_tokens(path, dtype, 0, size // width):
+        sha256.update(ids.data)
+        largest = max(largest, int(ids[skip:].max(initial=0)))
+        skip = 0
+    facts = {"files": [path.name], "tokens": size // width, "sha256": sha256.hexdigest()}
+    return {**facts, "max_id": largest}
+
+
+def publish(out: Path) -> dict[str, Any]:
+    """Put the finished files in place and delete the parts; meta.json of the parts is the sign.
+
+    meta.json first: bins without the right one would be taken for GPT-2 tokens.
+    """
+    work = out / "parts"
+    sign = work / "meta.json"
+    data = sign.read_bytes()
+    meta: dict[str, Any] = json.loads(data)
+    if meta["tokenizer"] == "tokenizer.json":
+        write_file(out / "tokenizer.json", (work / "tokenizer.json").read_bytes())
+    else:
+        (out / "tokenizer.json").unlink(missing_ok=True)  # of what was here before
+    write_file(out / "meta.json", data)
+    for name in ("val.bin", "train.bin"):
+        if (work / name).exists():
+            os.replace(work / name, out / name)
+    for path in work.iterdir():
+        if path not in (sign, work / "lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    sign.unlink()
+    return meta
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Only one process may hold the file; the system frees it when that ends, however it ends.
+
+    Raises OSError saying who holds it.
+    """
+    f = path.open("a+", encoding="utf-8")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            f.seek(2**20)  # a byte that nobody wants to read
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(f.fileno()), path.stat()):
+                raise OSError  # its holder has just deleted it
+    except OSError as e:
+        f.seek(0)
+        holder = f.read().strip() or "another process"
+        f.close()
+        raise OSError(
+            f"{path.parent.parent} is being prepared by {holder}; wait for it, or choose another "
+            "--dataset"
+        ) from e
+    try:
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}")
+        f.flush()
+        yield
+    finally:
+        f.close()
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: there is more to do
+            path.parent.rmdir()
+            path.parent.parent.rmdir()
+
+
+def mine(found: Source) -> tuple[list[int], list[int]]:
+    """The parts that `shards` selects for the dataset, and those of them that this run makes.
+
+    Raises ValueError for a share or shard that there is not.
+    """
+    numbers = list(range(len(found.parts)))
+    if not shards:
+        return numbers, [] if merge else numbers
+    try:
+        if "/" in shards:
+            i, n = map(int, shards.split("/"))
+            if not 0 <= i < n:
+                raise ValueError
+            return numbers, numbers[i::n]
+        chosen: set[int] = set()
+        for piece in shards.split(","):
+            first, _, last = piece.partition("-")
+            chosen.update(range(int(first), int(last or first) + 1))
+    except ValueError as e:
+        raise ValueError(f"shards must be like 0-7, 0,3 or 2/8, not {shards!r}") from e
+    if not chosen or max(chosen) >= found.shards:
+        raise ValueError(f"shards={shards}, but the source has shards 0-{found.shards - 1}")
+    numbers = [i for i in numbers if found.parts[i].shard in chosen]
+    return numbers, [] if merge else numbers
+
+
+def parse_count(text: str) -> int:
+    """100M, 1.5B, 20k or 100_000 as a number; "" is 0. Raises ValueError."""
+    units = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+    unit = units.get(text[-1:].lower(), 1)
+    try:
+        number = float(text[:-1] if unit > 1 else text.replace("_", "")) if text else 0.0
+        if not 0 <= number < math.inf or (text and number == 0):
+            raise ValueError
+    except ValueError as e:
+        raise ValueError(f"max_tokens must be like 100M or 2B, not {text!r}") from e
+    return int(number * unit)
+
+
+def check_disk(out: Path, todo: list[Part], name: str, limit: int) -> None:
+    """Raises OSError when the tokens cannot fit on the disk, by a cautious guess of their size."""
+    text = sum(p.size * expansion(p) for p in todo)
+    width = 4 if name.endswith(".json") else 2
+    tokens = text * TOKENS_PER_BYTE.get(name, 0.1)
+    need = width * (min(tokens, limit) if limit else tokens)
+    need += max((p.size for p in todo if p.repo), default=0) * min(num_proc or cores(), len(todo))
+    free = shutil.disk_usage(out).free
+    if need > free:
+        raise OSError(
+            f"about {need / 1e9:.1f} GB are needed in {out}, but {free / 1e9:.1f} GB are free; "
+            "choose another --dataset=PATH, or less with --max_tokens or --shards"
+        )
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def expansion(part: Part) -> float:
+    return EXPANSION.get(sources.kind(part.files[0]) or "", 1.0) if part.files else 1.0
+
+
+def train_bpe(found: Source, size: int) -> str:
+    """A byte-level BPE of `size` tokens, end-of-text among them, learnt from the source's start."""
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if size < 257:
+        raise ValueError(f"tokenizer=train:{size}: at least 257, the bytes and end-of-text")
+
+    def texts() -> Iterator[str]:
+        left = TRAIN_ON
+        for part in found.parts:
+            for document in sources.documents(part, text_column, separator, Path()):
+                if isinstance(document, BadData) and not skip_bad:
+                    raise document
+                if isinstance(document, BadData):
+                    continue
+                for text in [document] if isinstance(document, str) else document:
+                    yield text
+                    left -= len(text)
+                    if left <= 0:
+                        return
+
+    tok = HuggingFaceTokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    tok.train_from_iterator(texts(), trainer)
+    return str(tok.to_str())
+
+
+def load_tokenizer(name: str, found: Source, work: Path) -> Tokenizer:
+    """The tokenizer of the settings; its tokenizer.json is kept in `work`, trained only once."""
+    kept = work / "tokenizer.json"
+    if name.startswith("train:"):
+        if not name[6:].isdigit():
+            raise ValueError(f"tokenizer must be like train:8192, not {name!r}")
+        if not kept.exists():
+            write_file(kept, train_bpe(found, int(name[6:])).encode())
+        return get_tokenizer(str(kept))
+    tok = get_tokenizer(name)
+    if tok.json_text is not None:
+        write_file(kept, tok.json_text.encode())
+    return tok
+
+
+def prepare(out: Path, name: str) -> None:
+    """Make the dataset folder, or the parts of a share of it."""
+    work, limit = out / "parts", parse_count(max_tokens)
+    if (work / "meta.json").exists():
+        publish(out)  # the last run was killed at the very end
+    saved = json.loads(p.read_bytes()) if (p := work / "plan.json").exists() else None
+    plan = {"format": 1, "batch": BATCH, **request(name)}
+    begun = any(work.glob("[0-9]*.json"))
+    if overwrite or (saved and saved["plan"] != plan and not begun):
+        saved = None
+        for path in work.glob("*"):
+            if not path.name.startswith("lock"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if (
+        not overwrite
+        and saved is None
+        and (out / "meta.json").exists()
+        and (out / "train.bin").exists()
+    ):
+        meta = json.loads((out / "meta.json").read_bytes())
+        if meta.get("request") != request(name):
             raise ValueError(
-                f"{out} holds {meta.get('source')!r}; choose another --dataset, or --overwrite=True"
+                f"{out} holds {meta.get('source')!r} or other settings; choose another --dataset, "
+                "or replace it with --overwrite=True"
             )
         print(f"{out} is complete already (--overwrite=True prepares it again)")
         return
-    tok = get_tokenizer(name)  # fails early, with the way out
-    files: list[Path | None] = [None]  # the embedded corpus
-    if source != "stdlib":
-        files = [*(hub_files(hub) if hub else source_files(source))]
-    halves = len(files) == 1 and files[0] is not None and files[0].suffix == ".txt"
+    if saved is not None and saved["plan"] != plan:
+        changed = ", ".join(k for k in plan if plan[k] != saved["plan"].get(k))
+        raise ValueError(
+            f"{work} holds an unfinished run with another {changed}; finish that, choose another "
+            "--dataset, or start over with --overwrite=True"
+        )
+    found = sources.find(source, subset, split, (saved or {}).get("revision") or revision)
+    numbers, here = mine(found)
+    tok = load_tokenizer(name, found, work)
+    write_file(work / "plan.json", json.dumps({"plan": plan, "revision": found.revision}).encode())
+    for path in work.glob("*.tmp"):  # of a run that was killed
+        if "/" not in shards:
+            path.unlink(missing_ok=True)
+    facts = {i: f for i in numbers if (f := facts_of(work, i, found.parts[i])) is not None}
+    have = {i: int(f["tokens"]) for i, f in facts.items()}
+    todo = {i: found.parts[i] for i in here if i not in have}
+    if todo and not enough(have, limit):
+        check_disk(out, [*todo.values()], name, limit)
+        job_name = tok.name if tok.json_text is None else "tokenizer.json"
+        job = Job(str(work), job_name, tok.json_text, text_column, separator, skip_bad, limit)
+        if (work / "assembly.json").exists():
+            raise ValueError(f"{source} has changed meanwhile; start over with --overwrite=True")
+        encode_parts(todo, have, job, num_proc or cores())
+    if "/" in shards:
+        print(f"{work}: {len(here)} of {len(numbers)} parts, share {shards}; then --merge=True")
+        return
+    if limit:
+        total = np.cumsum([have.get(i, 0) for i in numbers])
+        numbers = numbers[: int(np.searchsorted(total, limit)) + 1]
+    missing = [i for i in numbers if i not in have]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(numbers)} parts are missing (the first is {missing[0]}): "
+            "run the other --shards=I/N, or no --shards and no --merge to make them here"
+        )
+    finish(out, numbers, found, tok, name, limit)
 
+
+def request(name: str) -> dict[str, Any]:
+    """The settings that a dataset's bytes depend on."""
+    what = {"source": source, "subset": subset, "split": split, "revision": revision}
+    what |= {"tokenizer": name, "text_column": text_column, "separator": separator}
+    part = {"max_tokens": max_tokens, "shards": "" if "/" in shards else shards}
+    return {**what, **part, "val_fraction": val_fraction, "seed": seed}
+
+
+def finish(
+    out: Path, numbers: list[int], found: Source, tok: Tokenizer, name: str, limit: int
+) -> None:
+    """Parts to a complete dataset folder."""
     work = out / "parts"
-    work.mkdir(parents=True, exist_ok=True)
-    parts = [work / f"{i:05d}" for i in range(len(files))]
-    missing = [i for i, p in enumerate(parts) if not p.with_suffix(".json").exists()]
-    documents = tokens = 0
-    jobs = [(files[i], parts[i], name, tok.json_text, text_column, halves) for i in missing]
-    bar = tqdm(total=len(files), initial=len(files) - len(jobs), unit="file", disable=None)
-    if len(jobs) == 1:
-        encode_part(*jobs[0])
-    elif jobs:
-        context = multiprocessing.get_context("spawn")  # the same on every system
-        workers = min(num_proc or os.cpu_count() or 1, len(jobs))
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            for done in as_completed([pool.submit(encode_part, *job) for job in jobs]):
-                documents, tokens = documents + done.result()[0], tokens + done.result()[1]
-                bar.set_postfix(documents=f"{documents:,}", tokens=f"{tokens:,}")
-                bar.update()
-    bar.close()
-
-    splits, bins, fraction = assemble(parts, out, dtype_of(tok.vocab_size), val_fraction)
-    count = splits["train"]["documents"] + splits["val"]["documents"]
-    if "openwebtext" in source.lower() and hub and count != OPENWEBTEXT_DOCUMENTS:
-        print(f"WARNING: {count:,} documents, but OpenWebText has {OPENWEBTEXT_DOCUMENTS:,}")
-    if tok.json_text is not None:
-        write_text(out / "tokenizer.json", tok.json_text)
-    meta = {
+    facts = {i: f for i in numbers if (f := facts_of(work, i, found.parts[i])) is not None}
+    assert len(facts) == len(numbers)
+    skipped = [f["skipped"] for f in facts.values() if f["skipped"]["count"]]
+    tokens = sum(f["tokens"] for f in facts.values())
+    meta: dict[str, Any] = {
         "format": 1,
         "tokenizer": tok.name,
         "vocab_size": tok.vocab_size,
         "eot": tok.eot,
         "dtype": "uint16" if tok.vocab_size <= 2**16 else "uint32",
         "source": source,
-        "revision": None,
+        "revision": found.revision,
         "split_seed": seed,
-        "val_fraction": fraction,
-        "partial": False,
-        "splits": splits,
+        "partial": len(numbers) < len(found.parts) or bool(limit and tokens > limit),
+        "skipped": skipped,
+        "request": request(name),
     }
-    # meta.json first: bins without the right one would be taken for GPT-2 tokens
-    write_text(made, json.dumps(meta, indent=2) + "\n")
-    for file in bins:
-        file.done()
-    for path in [*work.iterdir()]:
-        path.unlink()
-    work.rmdir()
-    for split, facts in splits.items():
-        print(f"{out / split}.bin: {facts['tokens']:,} tokens, {facts['documents']:,} documents")
+    if tok.json_text is not None:
+        meta["tokenizer_sha256"] = hashlib.sha256(tok.json_text.encode()).hexdigest()
+    meta |= assemble(work, facts, tok, limit)
+    write_file(work / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
+    publish(out)
+    documents = sum(meta["splits"][s]["documents"] for s in ("train", "val"))
+    if found.documents not in (None, documents) and not meta["partial"]:
+        print(
+            f"WARNING: {documents:,} documents, but this source should have {found.documents:,}; "
+            "losses on its val.bin cannot be compared with others'"
+        )
+    for one in skipped:
+        print(f"left out {one['count']}: {one['first']}")
+    for s, f in meta["splits"].items():
+        print(f"{out / s}.bin: {f['tokens']:,} tokens, {f['documents']:,} documents")
+
+
+def check_folder(out: Path) -> None:
+    """Read a dataset folder again and print what it holds. Raises ValueError for any mismatch.
+
+    Without meta.json the bins are taken for GPT-2 tokens, with llm.c's header if they have it.
+    """
+    made = out / "meta.json"
+    meta: dict[str, Any] = {"tokenizer": "gpt2", "dtype": "uint16", "splits": {}}
+    if made.exists():
+        meta = json.loads(made.read_text(encoding="utf-8"))
+    tok = get_tokenizer(meta["tokenizer"], out)
+    problems: list[str] = []
+    text = (tok.json_text or "").encode()
+    if meta.get("tokenizer_sha256") not in (None, hashlib.sha256(text).hexdigest()):
+        problems.append("tokenizer.json is not the one that meta.json was written for")
+    for name in ("train", "val"):
+        facts = meta["splits"].get(name, {})
+        files = [out / f for f in facts.get("files", [])]
+        files = files or [p for p in [out / f"{name}.bin"] if p.exists()]
+        files = files or sorted({*out.glob(f"{name}_*.bin"), *out.glob(f"*_{name}_*.bin")})
+        if not files:
+            problems.append(f"no {name}.bin")
+            continue
+        seen = {"tokens": 0, "documents": 0, "max_id": 0}
+        for path in files:
+            head = np.fromfile(path, dtype="<i4", count=3)
+            skip = HEADER if len(head) == 3 and head[0] == LLMC_MAGIC else 0
+            found = file_facts(path, meta["dtype"], skip)
+            if skip and found["tokens"] - skip != head[2]:
+                problems.append(f"{path.name}: header says {head[2]:,} tokens")
+            ids = np.memmap(path, dtype=meta["dtype"], mode="r")[skip:]
+            seen["tokens"] += len(ids)
+            seen["max_id"] = max(seen["max_id"], found["max_id"])
+            starts = range(0, len(ids), COPY)
+            seen["documents"] += sum(int((ids[a : a + COPY] == tok.eot).sum()) for a in starts)
+            if len(files) == 1 and facts.get("sha256") not in (None, found["sha256"]):
+                problems.append(f"{path.name}: sha256 is {found['sha256']}, not {facts['sha256']}")
+            for start in np.linspace(0, max(0, len(ids) - 40), 3, dtype=np.int64):
+                print(f"{path.name} at {start:,}: {tok.decode(ids[start : start + 40].tolist())!r}")
+        print(f"{name}: " + ", ".join(f"{v:,} {k}" for k, v in seen.items()))
+        problems += [
+            f"{name}: {seen[k]:,} {k}, but meta.json says {facts[k]:,}"
+            for k in seen
+            if k in facts and seen[k] != facts[k]
+        ]
+        if seen["max_id"] >= tok.vocab_size:
+            problems.append(f"{name}: id {seen['max_id']} is beyond the {tok.vocab_size} tokens")
+    if problems:
+        raise ValueError(f"{out} is damaged: " + "; ".join(problems))
+    print(f"{out}: all as it should be" + ("" if made.exists() else " (no meta.json to compare)"))
+
+
+def main() -> None:
+    stem = Path(source.removeprefix("hub:")).name
+    named = dataset or stem.removesuffix(sources.kind(stem) or "") or "data"
+    out = Path(named) if "/" in named or os.sep in named else ROOT / "data" / named
+    if verify:
+        return check_folder(out)
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
+    name = tokenizer
+    if name == "auto":
+        name = "bytes" if source == "stdlib" else "gpt2"
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    share = f"-{shards.replace('/', '-of-')}" if "/" in shards else ""
+    with contextlib.ExitStack() as locks:
+        for other in {out / "parts" / "lock", *(out / "parts").glob("lock-*")} if not share else []:
+            locks.enter_context(lock(other))
+        if share:
+            locks.enter_context(lock(out / "parts" / f"lock{share}"))
+            with lock(out / "parts" / "lock"):  # nobody is making the whole
+                pass
+        prepare(out, name)
 
 
 if __name__ == "__main__":
@@ -366,3 +579,6 @@ if __name__ == "__main__":
             raise
         print(f"prepare.py: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("prepare.py: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -1,8 +1,8 @@
 # Go on from a trained model on your own text.
 #   python data/prepare.py --source=my_text.txt --dataset=mine
 #   python train.py config/finetune.py --init_from=out/gpt/best.pt --dataset=mine
-# Minutes on one GPU for 1 MB of text. The loss starts at the model's own on that text, falls within
-# the first hundred updates, and rises again once the text is known by heart: best.pt is the one to keep.
+# Expected time on a GPU: unknown, nobody has timed it. The loss starts at the model's own on that
+# text, falls, and rises again once the text is known by heart: best.pt is the one to keep.
 # Sizes come from the checkpoint, and your text must be prepared with its tokenizer.
 
 out_dir = "out/finetune"

@@ -12,6 +12,7 @@ import pickle
 import re
 import shutil
 import zipfile
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def write_text(path: Path, text: str) -> None:
     temp.unlink(missing_ok=True)
     with open(temp, "x", encoding="utf-8") as f:
         f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(temp, path)
 
 
@@ -116,8 +119,11 @@ class Saver:
 
     def name_best(self, step: int) -> None:
         path = self.out_dir / f"ckpt_{step}.pt"
-        if path.exists():
-            link(path, self.out_dir / "best.pt")
+        try:
+            if path.exists():
+                link(path, self.out_dir / "best.pt")
+        except OSError as e:
+            self.problem = f"could not write best.pt: {e}"
 
     def write(self, step: int, state: dict[str, Any]) -> None:
         try:
@@ -128,7 +134,8 @@ class Saver:
         self.problem = ""
         for old, path in steps_saved(self.out_dir)[self.keep_last :]:
             if not self.milestone or old % self.milestone or old == 0:
-                path.unlink()
+                with contextlib.suppress(OSError):  # open in another program; next time then
+                    path.unlink()
 
 
 def link(path: Path, name: Path) -> None:
@@ -142,7 +149,11 @@ def link(path: Path, name: Path) -> None:
         os.link(path, temp)
     except OSError:
         shutil.copyfile(path, temp)
+        with open(temp, "rb+") as f:
+            os.fsync(f.fileno())
     os.replace(temp, name)
+    temp.unlink(missing_ok=True)  # renaming onto another name of the same file does nothing
+    sync_folder(name.parent)
 
 
 def check(path: Path) -> None:
@@ -154,8 +165,17 @@ def check(path: Path) -> None:
         raise ValueError(f"{path} is empty")
     try:
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError) as e:
+            # what torch.save never writes, and its reader takes for members without contents
+            odd = [
+                i.filename
+                for i in archive.infolist()
+                if i.external_attr & 0x10
+                or i.flag_bits & 1
+                or i.compress_type != zipfile.ZIP_STORED
+                or i.compress_size != i.file_size
+            ]
+            bad = odd[0] if odd else archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OverflowError, OSError) as e:
         raise ValueError(f"{path} is truncated, damaged or not a checkpoint ({e})") from e
     if bad:
         raise ValueError(f"{path} is damaged: the checksum of {bad} is wrong")
@@ -228,6 +248,9 @@ def clean_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             key = key.replace(old, new)
         if not key.endswith("rotary_emb.inv_freq"):
             clean[key] = value
+    head, table = clean.get("lm_head.weight"), clean.get("embed_tokens.weight")
+    if head is not None and table is not None and not torch.equal(head, table):
+        raise ValueError("its lm_head and embed_tokens differ, but here they are one tensor")
     if "embed_tokens.weight" in clean:
         clean.setdefault("lm_head.weight", clean["embed_tokens.weight"])
     return clean
@@ -267,7 +290,10 @@ def load_weights(model: GPT, state: dict[str, Any], path: Path) -> None:
 
     Raises ValueError listing every key that is missing, left over or of another shape.
     """
-    given = clean_state_dict(state["model"])
+    try:
+        given = clean_state_dict(state["model"])
+    except ValueError as e:
+        raise ValueError(f"{path} does not fit the model: {e}") from e
     wanted = model.state_dict()
     shapes = {k: (tuple(given[k].shape), tuple(wanted[k].shape)) for k in wanted if k in given}
     problems = {

@@ -245,7 +245,9 @@ class TrainLoader:
     ) -> None:
         self.data, self.order, self.device = data, order, device
         self.rank, self.ranks = rank, ranks
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        # the current GPU is each thread's own, and pinning would else open a context on the first
+        on_gpu = (lambda: torch.cuda.set_device(device)) if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1, "prefetch", initializer=on_gpu)
         self.pending: tuple[tuple[int, int, int], Future[Tensor]] | None = None
 
     def read(self, step: int, micro_step: int, batch_size: int) -> Tensor:

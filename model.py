@@ -331,8 +331,8 @@ class GPT(nn.Module):
         ids = F.pad(idx, (0, max_new_tokens))
         pad = torch.zeros_like(idx[:, 0]) if lengths is None else T - lengths.to(device)
         is_prompt = torch.arange(T, device=device) >= pad[:, None]  # (B, T)
-        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
-        seen.scatter_reduce_(1, idx, is_prompt, "amax")
+        counts = torch.zeros(B, self.config.vocab_size, dtype=torch.int32, device=device)
+        seen = counts.scatter_add_(1, idx, is_prompt.int()) > 0
         stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
         done = torch.zeros(B, dtype=torch.bool, device=device)
         cache, start = None, -1
@@ -523,5 +523,4 @@ def configure_optimizer(
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = params[0].device.type in ("cuda", "cpu", "mps")
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)

@@ -8,6 +8,7 @@ import platform
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -46,6 +47,9 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"{script}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(1)
+    except torch.OutOfMemoryError as e:
+        print(f"{script}: out of memory: {str(e).splitlines()[0]}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -57,21 +61,26 @@ class Stop:
     """Whether the user or the system has asked the run to end, and by which signal.
 
     The first SIGINT, SIGTERM, SIGBREAK (Windows) or SIGUSR1 is noted, so that the run can save and
-    end in order; the second ends the process at once.
+    end in order; a second one ends the process at once, unless it comes within REPEAT_S: torchrun
+    and other supervisors pass a signal on that the process has got already.
     """
+
+    REPEAT_S = 1.0
 
     NAMES = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGUSR1")
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.noted_at = 0.0
         for name in self.NAMES:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self.note)
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self.noted_at = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self.noted_at > self.REPEAT_S:
             os._exit(128 + number)
-        self.signal = signal.Signals(number)
 
     def exit_code(self) -> int:
         """0 under torchrun, which takes another code for a crash and starts anew; else 128 + n."""
@@ -143,6 +152,8 @@ def select_device(name: str) -> torch.device:
         raise ValueError(f"device={name!r}, but {why}; write --device=auto")
     if index and int(index) >= torch.cuda.device_count():
         raise ValueError(f"device={name!r}, but there are {torch.cuda.device_count()} GPUs")
+    if kind == "cuda":
+        torch.cuda.set_device(int(index or 0))
     return torch.device(name)
 
 
@@ -207,11 +218,3 @@ def describe(device: torch.device) -> str:
         total = torch.cuda.get_device_properties(device).total_memory
         return f"{torch.cuda.get_device_name(device)}, {total / 2**30:.0f} GiB"
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else "mps"
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all its work, so that a clock reading means something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -207,14 +208,14 @@ def lr_at(step: int, peak: float, low: float, warmup: int, decay: int) -> float:
 def mean_loss(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], autocast: Any) -> float:
     """Loss in nats per token over all batches, with dropout off and one wait for the device."""
     model.eval()
-    total = tokens = torch.zeros((), dtype=torch.float64, device=model.cos.device)
+    losses = []
     for x, y in batches:
         with autocast:
             _, loss = model(x, y)
-        count = (y != IGNORE_INDEX).sum()
-        total, tokens = total + loss.double() * count, tokens + count
+        losses.append(torch.stack((loss.float(), (y != IGNORE_INDEX).sum().float())))
     model.train()
-    return float(total / tokens)
+    mean, tokens = torch.stack(losses).cpu().double().unbind(1)  # mps has no float64
+    return float((mean * tokens).sum() / tokens.sum())
 
 
 def check_same_tokenizer(saved: dict[str, Any], tok: Tokenizer, path: Path) -> None:
@@ -273,14 +274,14 @@ def wandb_logger(config: dict[str, Any], state: TrainState) -> Callable[[dict[st
         )
         state.wandb_run_id = run.id
     except Exception as e:  # wandb's errors are many, and none may stop a run
-        tqdm.write(f"wandb is off: {type(e).__name__}: {e}".splitlines()[0])
+        say(f"wandb is off: {type(e).__name__}: {e}".splitlines()[0])
         return nothing
 
     def log(record: dict[str, Any]) -> None:
         try:
             run.log(record, step=record["iter"])
         except Exception as e:
-            tqdm.write(f"wandb: {type(e).__name__}: {e}".splitlines()[0])
+            say(f"wandb: {type(e).__name__}: {e}".splitlines()[0])
 
     return log
 
@@ -290,9 +291,9 @@ def draw_losses(metrics: Path, image: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        tqdm.write("no loss.png: matplotlib is not installed")
+        say("no loss.png: matplotlib is not installed")
         return
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = read_records(metrics)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, style in (("loss", "-"), ("val_loss", "o-")):
@@ -303,21 +304,30 @@ def draw_losses(metrics: Path, image: Path) -> None:
     axes.set(xlabel="tokens", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    image.unlink(missing_ok=True)
-    figure.savefig(image, dpi=150)
+    with contextlib.suppress(OSError):  # a full disk may cost the picture, not the run
+        image.unlink(missing_ok=True)
+        figure.savefig(image, dpi=150)
 
 
 def keep_records(metrics: Path, step: int) -> None:
-    """Drop from metrics.jsonl what a resumed run will log again: records of `step` and later.
+    """Drop from metrics.jsonl what a resumed run will log again: records of `step` and later."""
+    kept = [r for r in read_records(metrics) if r["iter"] < step]
+    checkpoint.write_text(metrics, "".join(json.dumps(r) + "\n" for r in kept))
 
-    A last line that a crash cut short goes as well.
-    """
-    kept = []
+
+def read_records(metrics: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a line that a crash or a full disk cut short is left out."""
+    records = []
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
-        with contextlib.suppress(ValueError, KeyError):
-            if json.loads(line)["iter"] < step:
-                kept.append(line + "\n")
-    checkpoint.write_text(metrics, "".join(kept))
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def say(line: str) -> None:
+    """Print a line above the progress bar; a full disk or a lost terminal stops no run."""
+    with contextlib.suppress(OSError):
+        tqdm.write(line)
 
 
 def duration(seconds: float) -> str:
@@ -346,8 +356,13 @@ def main() -> None:
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     if gone := runtime.lock_folder(out):
-        tqdm.write(gone)
-    if init_from == "scratch" and not overwrite and checkpoint.steps_saved(out):
+        say(gone)
+    if init_from not in ("scratch", "resume") and Path(init_from).parent.resolve() == out.resolve():
+        raise ValueError(
+            f"a new run from {init_from} would replace it: choose another --out_dir, or "
+            "--init_from=resume to go on with that run"
+        )
+    if init_from != "resume" and not overwrite and any(out.glob("*.pt")):
         raise ValueError(
             f"{out} holds a run already; go on with it (--init_from=resume), choose another "
             "--out_dir, or replace it (--overwrite=True)"
@@ -358,17 +373,23 @@ def main() -> None:
     torch.manual_seed(seed)
     saved: dict[str, Any] = {}
     state = TrainState()
+    origin = init_from
     if init_from == "resume":
         path, saved, problems = checkpoint.load_newest(out)
         for problem in problems:
-            tqdm.write(f"passed over: {problem}")
-        check_same_tokenizer(saved, tok, path)
-        check_same_model(checkpoint.model_config(saved, path), size, path)
-        model = GPT(size)
-        checkpoint.load_weights(model, saved, path)
+            say(f"passed over: {problem}")
         if "train_state" not in saved:
             raise ValueError(f"{path} cannot be resumed, only started from: --init_from={path}")
-        state = TrainState(**saved["train_state"])
+        check_same_tokenizer(saved, tok, path)
+        theirs = checkpoint.model_config(saved, path)
+        if saved["config"]["init_from"] in ("scratch", "resume"):
+            check_same_model(theirs, size, path)
+        origin = saved["config"]["init_from"]
+        size = replace(theirs, dropout=dropout)  # a run from a checkpoint has that one's sizes
+        model = GPT(size)
+        checkpoint.load_weights(model, saved, path)
+        known = {f.name for f in fields(TrainState)}
+        state = TrainState(**{k: v for k, v in saved["train_state"].items() if k in known})
         changed = [
             f"{k} {v!r} -> {config[k]!r}"
             for k, v in saved["config"].items()
@@ -376,8 +397,12 @@ def main() -> None:
         ]
         if saved["data"] != meta["splits"]:
             changed.append("the dataset's contents")
+        if saved["dtype"] != str(number):
+            changed.append(f"dtype in use {saved['dtype']} -> {number}")
+        if any(saved["config"][k] != config[k] for k in ("batch_size", "eval_iters")):
+            state.best_val_loss = None  # evaluated on other windows: not comparable
         if changed:
-            tqdm.write(f"WARNING  not the same run as before: {', '.join(changed)}")
+            say(f"WARNING  not the same run as before: {', '.join(changed)}")
     elif init_from == "scratch":
         model = GPT(size)
     else:
@@ -399,26 +424,31 @@ def main() -> None:
     scaler = torch.amp.GradScaler(where.type, enabled=number == torch.float16)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
+            group.update(weight_decay=decay, betas=(beta1, beta2))  # as set, not as saved
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
     saved = {}
 
     # --- a line for each fact that the user may want to check
     flops_per_step = flops_per_token(model) * tokens_per_step
     peak = runtime.peak_flops(where)
-    tqdm.write(
+    say(
         f"model    {num_parameters(model):,} parameters, context {context}, vocab {size.vocab_size}"
     )
-    tqdm.write(
+    say(
         f"data     {folder}: {train_data.tokens:,} training tokens ({tok.name}), "
         f"{val_data.tokens:,} for validation"
     )
-    tqdm.write(
+    say(
         f"run      {max_iters:,} updates of {tokens_per_step:,} tokens ({batch_size} x {context} x "
         f"{micro_steps} micro-steps), {order.epochs(max_iters):.2f} epochs, seed {seed}"
     )
-    tqdm.write(f"machine  {runtime.describe(where)}; {number} ({why})".replace("torch.", ""))
+    if not meta["splits"]:
+        say(f"data     {folder} has no meta.json: taken for GPT-2 tokens in uint16")
+    say(f"machine  {runtime.describe(where)}; {number} ({why})".replace("torch.", ""))
     if state.iter_num:
-        tqdm.write(f"resumed  {path} at {state.iter_num} updates")
+        say(f"resumed  {path} at {state.iter_num} updates")
 
     # --- compile, with one guarded step: torch.compile fails when it is first called, not before
     micro_batch = batch_size
@@ -441,16 +471,14 @@ def main() -> None:
             try:
                 return work()
             except torch.OutOfMemoryError as e:
-                tqdm.write(
-                    f"out of memory with batch_size={micro_batch}: {e}".splitlines()[0][:160]
-                )
+                say(f"out of memory with batch_size={micro_batch}: {e}".splitlines()[0][:160])
             optimizer.zero_grad(set_to_none=True)
             if where.type == "cuda":
                 torch.cuda.empty_cache()
             windows = tokens_per_step // (context * ranks)
             micro_batch = smaller_batch(micro_batch, windows)
             micro_steps = windows // micro_batch
-            tqdm.write(f"going on with {micro_batch} x {micro_steps} micro-steps; same tokens")
+            say(f"going on with {micro_batch} x {micro_steps} micro-steps; same tokens")
 
     def first_step() -> None:
         micro_loss(state.iter_num, 0)
@@ -463,17 +491,17 @@ def main() -> None:
         model.compile()
         try:
             in_memory(first_step)
-            tqdm.write(f"compile  took {time.perf_counter() - t0:.0f} s")
+            say(f"compile  took {time.perf_counter() - t0:.0f} s")
         except ValueError:  # not even one window fits
             raise
         except Exception as e:
             reason = f"{type(e).__name__}: {e}".splitlines()[0][:120]
-            tqdm.write(f"compile  failed, training uncompiled ({reason})")
+            say(f"compile  failed, training uncompiled ({reason})")
             model._compiled_call_impl = None
             model.train()
         optimizer.zero_grad(set_to_none=True)
     elif compile.lower() == "auto":
-        tqdm.write(f"compile  off: {why_not or 'the run is too short for it to pay'}")
+        say(f"compile  off: {why_not or 'the run is too short for it to pay'}")
 
     # --- logs and checkpoints
     for stale in out.glob("*.pt.tmp"):  # of a process that was killed
@@ -493,18 +521,18 @@ def main() -> None:
     last_saved, saved_at = state.iter_num if init_from == "resume" else -1, time.monotonic()
 
     def log(record: dict[str, Any], line: str) -> None:
-        tqdm.write(line)
+        say(line)
         try:
             with metrics.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
         except OSError as e:
-            tqdm.write(f"WARNING  {metrics} not written: {e}")
+            say(f"WARNING  {metrics} not written: {e}")
         send(record)
 
     def save() -> None:
         nonlocal last_saved, saved_at
         if saver.problem:
-            tqdm.write(f"WARNING  {saver.problem}; training goes on without a new checkpoint")
+            say(f"WARNING  {saver.problem}; training goes on without a new checkpoint")
         if last_saved == state.iter_num and not saver.problem:
             return
         contents = {
@@ -514,7 +542,8 @@ def main() -> None:
             "model_args": asdict(size),
             "iter_num": state.iter_num,
             "best_val_loss": state.best_val_loss,
-            "config": config,
+            "config": config | {"init_from": origin},
+            "dtype": str(number),
             "data": meta["splits"],
             "tokenizer": {"name": tok.name, "vocab_size": tok.vocab_size, "json": tok.json_text},
             "train_state": asdict(state),
@@ -592,7 +621,7 @@ def main() -> None:
             state.skipped += 1
             left_out += 1
             why = "a spike" if spike else "not finite"
-            tqdm.write(f"step {step:>6} | left out, {why}: loss {loss}, gradient norm {grad_norm}")
+            say(f"step {step:>6} | left out, {why}: loss {loss}, gradient norm {grad_norm}")
             if left_out >= max_skipped:
                 windows = order.starts(step, 0, tokens_per_step // context).tolist()
                 report = {"iter": step, "loss": loss, "grad_norm": grad_norm, "windows": windows}
@@ -632,16 +661,15 @@ def main() -> None:
     saver.wait()
     bar.close()
     if saver.problem:
-        raise OSError(f"{saver.problem}; the last {step - last_saved} updates are lost")
+        raise OSError(f"{saver.problem}; the updates since the last checkpoint are lost")
     if state.iter_num < max_iters:
         cause = stop.signal.name if stop.signal else f"time_limit={time_limit}"
-        args = [a for a in sys.argv[1:] if not a.startswith(("--init_from", "--overwrite"))]
-        again = " ".join(["python", sys.argv[0], *args, "--init_from=resume"])
-        tqdm.write(f"stopped by {cause} after {state.iter_num} updates, all saved; go on: {again}")
+        again = shlex.join(["python", *sys.argv, "--init_from=resume"])  # later flags win
+        say(f"stopped by {cause} after {state.iter_num} updates, all saved; go on: {again}")
     else:
         draw_losses(metrics, out / "loss.png")
         best = f"best val loss {state.best_val_loss:.4f}, " if state.best_val_loss else ""
-        tqdm.write(f"done: {best}{state.skipped} updates left out, all in {out}")
+        say(f"done: {best}{state.skipped} updates left out, all in {out}")
     sys.exit(stop.exit_code())
 
 

@@ -137,6 +137,8 @@ def test_a_second_signal_ends_at_once(tiny, tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)  # the same one, passed on by a supervisor
+    time.sleep(1.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert finish(process, 10)[0] == 143
@@ -411,6 +413,31 @@ def test_a_half_written_line_of_the_log_is_dropped(script, tiny, tmp_path):
 def test_a_folder_that_cannot_be_written(script, tiny, flag):
     result = script("train.py", *tiny, flag)
     assert result.code == 1 and result.err.count("\n") == 1
+
+
+def test_flips_that_an_archive_reader_could_miss(tmp_path):
+    """A member marked as a folder reads as no bytes: weights would be whatever memory held."""
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, {"model": {"w": torch.arange(64.0)}})
+    good = path.read_bytes()
+    at = good.index(b"PK\x01\x02")
+    flips = [(at + 38, 0x10), (at + 8, 0x01), (at + 10, 0x08), (at + 42, 0x01)]
+    for place, bit in flips:
+        bad = bytearray(good)
+        bad[place] ^= bit
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"a\.pt"):
+            checkpoint.load(path)
+
+
+def test_a_disk_full_of_log_stops_no_run(tiny, tmp_path):
+    """nohup python train.py > train.log, on the disk that fills up."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full:
+        args = [sys.executable, str(ROOT / "train.py"), *tiny]
+        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert checkpoint.steps_saved(tmp_path / "out")[0][0] == 12, done.stderr
 
 
 def test_out_dir_is_a_file(script, tiny, tmp_path):

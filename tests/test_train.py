@@ -116,6 +116,35 @@ def test_starting_from_a_checkpoint_is_a_new_run_on_its_weights(script, tiny, tm
     assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {12}
 
 
+def test_a_tuned_model_can_be_resumed_though_its_sizes_are_not_the_settings(script, tiny, tmp_path):
+    script("train.py", *tiny)
+    base = tmp_path / "out" / "best.pt"
+    flags = [*tiny, f"--out_dir={tmp_path / 'tuned'}", "--num_hidden_layers=24"]
+    assert script("train.py", *flags, f"--init_from={base}").code == 0
+    result = script("train.py", *flags, "--init_from=resume", "--max_iters=14")
+    assert result.code == 0, result.err
+    assert (
+        checkpoint.load(tmp_path / "tuned" / "ckpt_14.pt")["model_args"]["num_hidden_layers"] == 2
+    )
+
+
+def test_a_start_from_a_checkpoint_never_deletes_its_run(script, tiny, tmp_path):
+    script("train.py", *tiny)
+    base = tmp_path / "out" / "ckpt_6.pt"
+    for more in ([], ["--overwrite=True"]):
+        result = script("train.py", *tiny, f"--init_from={base}", *more)
+        assert result.code == 1 and "--out_dir" in result.err and base.exists()
+
+
+def test_changed_optimizer_settings_count_on_resume(script, tiny, tmp_path):
+    script("train.py", *tiny)
+    flags = ["--init_from=resume", "--max_iters=13", "--weight_decay=0.5", "--beta1=0.8"]
+    result = script("train.py", *tiny, *flags)
+    assert result.code == 0 and "weight_decay 0.1 -> 0.5" in result.out
+    groups = checkpoint.load(tmp_path / "out" / "ckpt_13.pt")["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.5, 0.0] and groups[0]["betas"][0] == 0.8
+
+
 def test_numbers_that_are_not_finite_skip_the_step_and_then_end_the_run(script, tiny, tmp_path):
     script("train.py", *tiny, "--max_iters=6")
     state = checkpoint.load(tmp_path / "out" / "ckpt_6.pt")

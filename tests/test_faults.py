@@ -389,7 +389,7 @@ def test_links_in_the_folder_are_replaced_not_followed(script, tiny, tmp_path):
     for name in ("ckpt_6.pt.tmp", "best.pt", "best.pt.tmp", "metrics.jsonl", "config.json"):
         (out / name).symlink_to(victim)
     (out / "loss.png").symlink_to(victim)
-    assert script("train.py", *tiny).code == 0
+    assert script("train.py", *tiny, "--overwrite=True").code == 0
     assert victim.read_text(encoding="utf-8") == "precious"
 
 

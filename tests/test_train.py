@@ -246,8 +246,9 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(script, tiny, tmp_pat
     shutil.copytree(dataset, other)
     meta = json.loads((other / "meta.json").read_text(encoding="utf-8"))
     (other / "meta.json").write_text(json.dumps({**meta, "tokenizer": "gpt2"}), encoding="utf-8")
-    for init in ("resume", tmp_path / "out" / "best.pt"):
-        result = script("train.py", *tiny, f"--dataset={other}", f"--init_from={init}")
+    for init, out in (("resume", "out"), (tmp_path / "out" / "best.pt", "new")):
+        flags = [f"--dataset={other}", f"--init_from={init}", f"--out_dir={tmp_path / out}"]
+        result = script("train.py", *tiny, *flags)
         assert result.code == 1 and "bytes" in result.err and "gpt2" in result.err
 
 

@@ -486,7 +486,8 @@ def next_token(
         logits = penalize(logits, seen, repetition_penalty)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    # the largest first becomes 0: a tiny temperature then gives -inf beside it, never inf - inf
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k:
         logits = keep_top_k(logits, top_k)
     if top_p < 1:

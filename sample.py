@@ -92,6 +92,8 @@ def prompts() -> Iterator[str]:
 
 def main() -> None:
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2**63, not {seed}")
     if num_samples < 1 or max_new_tokens < 1:
         raise ValueError("num_samples and max_new_tokens must be at least 1")
     if not interactive:

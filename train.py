@@ -139,6 +139,8 @@ def check_settings() -> None:
         problems.append(f"compile must be auto, True or False, not {compile!r}")
     if not checkpoint_minutes > 0:
         problems.append(f"checkpoint_minutes must be positive, not {checkpoint_minutes}")
+    if not 0 <= seed < 2**63:
+        problems.append(f"seed must be at least 0 and below 2**63, not {seed}")
     if not out_dir:
         problems.append("out_dir is empty")
     if problems:

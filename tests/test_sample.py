@@ -121,6 +121,7 @@ def test_a_checkpoint_that_names_no_tokenizer_is_gpt2s_or_refused(script, tmp_pa
         (["--temprature=1"], ["did you mean temperature"], 2),
         (["--temperature=hot"], ["temperature", "hot"], 2),
         (["--temperature=-1"], ["temperature", "-1"], 1),
+        (["--seed=99999999999999999999"], ["seed"], 1),
         (["--top_k=-5"], ["top_k", "-5"], 1),
         (["--top_p=0"], ["top_p"], 1),
         (["--num_samples=0"], ["num_samples"], 1),

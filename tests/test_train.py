@@ -222,6 +222,7 @@ def test_accumulation_names_the_nearest_that_work():
         (["--init_from=nowhere.pt"], ["nowhere.pt"], 1),
         (["--max_position_embeddings=99999", "--tokens_per_step=99999"], ["99999"], 1),
         (["--out_dir="], ["out_dir"], 1),
+        (["--seed=99999999999999999999"], ["seed"], 1),
     ],
 )
 def test_mistakes_get_one_line(script, tiny, tmp_path, flags, words, code):

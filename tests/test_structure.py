@@ -1,6 +1,7 @@
 """The shape of the repository: who imports whom, and which config files load."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from configurator import overrides, settings_of
+from configurator import overrides
 
 ALLOWED = {  # DESIGN: leaves never import each other, but for checkpoint -> model
     "configurator": set(),
@@ -76,8 +77,6 @@ def settings(script):
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    import json
-
     return json.loads(out.stdout)
 
 
@@ -116,4 +115,4 @@ def test_help_shows_every_setting_with_its_comment(script):
     assert out.returncode == 0 and out.stderr == ""
     for name, value in settings(script).items():
         assert f"--{name}={value!r}" in out.stdout
-    assert "folder" in out.stdout and settings_of({"x": 1}) == {"x": 1}
+    assert "folder" in out.stdout

@@ -33,7 +33,7 @@ num_proc = 2  # prepare: processes or threads of every variant
 steps = 400  # save: updates of a run
 
 ROOT = Path(__file__).resolve().parent
-CORPUS_BYTES = 64e6
+CORPUS_BYTES, DOCUMENT_BYTES = 64e6, 5000
 
 
 @dataclass
@@ -158,15 +158,23 @@ def raw_tiktoken(source: str, threads: int) -> None:
 
 
 def write_corpus(path: Path) -> None:
-    """The documents of the embedded corpus in random order, again and again, as a .jsonl."""
+    """The embedded corpus in random order, again and again, as a .jsonl.
+
+    Several docstrings make a document, so that documents have OpenWebText's mean length.
+    """
     sys.path.append(str(ROOT / "data"))
     from sources import stdlib_documents
 
-    documents, rng = list(stdlib_documents()), random.Random(0)
+    texts, rng = list(stdlib_documents()), random.Random(0)
     with path.open("w", encoding="utf-8") as f:
         while f.tell() < CORPUS_BYTES:
-            rng.shuffle(documents)
-            f.writelines(json.dumps({"text": document}) + "\n" for document in documents)
+            rng.shuffle(texts)
+            joined = ""
+            for one in texts:
+                joined += one + "\n\n"
+                if len(joined) > DOCUMENT_BYTES:
+                    f.write(json.dumps({"text": joined}) + "\n")
+                    joined = ""
 
 
 def bench_prepare(folder: Path) -> None:

@@ -50,7 +50,7 @@ _counters: Any = None  # documents, bytes and tokens done by all workers togethe
 def start_worker(job: Job, counters: Any) -> None:
     """Load the tokenizer, leave Ctrl-C to the parent, and end when the parent has ended."""
     global _tok, _counters
-    _tok = get_tokenizer(job.tokenizer, json_text=job.json_text)
+    _tok = get_tokenizer(job.tokenizer, json_text=job.json_text, bulk=True)
     _counters = counters
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import os
+import sys
 import time
 
 import pytest
@@ -66,8 +67,8 @@ def test_gpt2_is_tiktokens(reference):
 
 
 @functools.cache
-def get_gpt2():
-    return get_tokenizer("gpt2")
+def get_gpt2(bulk=True):
+    return get_tokenizer("gpt2", bulk=bulk)
 
 
 # Every kind of neighbours that a cut could come between.
@@ -80,16 +81,39 @@ hard_text = st.lists(st.sampled_from(HARD_PIECES), max_size=40).map("".join)
 @settings(deadline=None)
 @given(st.one_of(st.text(max_size=200), hard_text))
 def test_ids_are_tiktokens(reference, text):
-    """Ours come from another regex, with marks in runs of blanks."""
-    for t in (text, text + tokenizer.MARK + text):
-        assert get_gpt2().encode(t) == reference.encode_ordinary(t)
+    for bulk in (True, False):
+        assert get_gpt2(bulk).encode(text) == reference.encode_ordinary(text)
 
 
-def test_every_kind_of_blank_is_tiktokens(reference):
-    for c in map(chr, [*range(0x3100), 0xFEFF, 0x1F642]):
-        if not 0xD800 <= ord(c) < 0xE000:
-            text = f"a{c}b {c}c{c} d{c}{c}e\n{c}\n{c}"
-            assert get_gpt2().encode(text) == reference.encode_ordinary(text), hex(ord(c))
+def test_every_character_that_goes_to_gigatoken_is_tiktokens(reference):
+    """Libraries of different years take some characters for different kinds."""
+    agreed = [chr(i) for i in tokenizer.agreed_characters().nonzero()[0] if i >> 11 != 0xD800 >> 11]
+    for i in range(0, len(agreed), 500):
+        few = agreed[i : i + 500]
+        text = "".join(f"a{c}'d {c}1{c}{c} x\n{c}\n{c}.\n" for c in few)
+        if get_gpt2().encode(text) != reference.encode_ordinary(text):
+            for c in few:  # which one
+                text = f"a{c}'d {c}1{c}{c} x\n{c}\n{c}.\n"
+                assert get_gpt2().encode(text) == reference.encode_ordinary(text), hex(ord(c))
+
+
+def test_bulk_is_gigatokens_where_all_agree_and_tiktokens_elsewhere():
+    fast = tokenizer.gigatoken_gpt2(tokenizer.gpt2_ranks())
+    agreed = tokenizer.agreed_characters()
+    letters = [c for c in "aé世अ½ \u3000🙂→\U0001f1e6\u088f\U0003262e"]
+    assert [bool(agreed[ord(c)]) for c in letters] == [True] * 9 + [False] * 3
+    assert fast("Hello world").tolist() == [15496, 995]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "gigatoken_gpt2", lambda ranks: lambda text: "fast")
+        bulk = get_tokenizer("gpt2", bulk=True)
+        assert bulk.encode_piece("naïve 世界 🙂") == "fast"
+        assert bulk.encode_piece("\u088f'll").tolist() == get_gpt2(False).encode("\u088f'll")
+
+
+def test_without_gigatoken_bulk_is_tiktokens(reference):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "gigatoken", None)
+        assert get_tokenizer("gpt2", bulk=True).encode(HARD) == reference.encode_ordinary(HARD)
 
 
 def test_every_byte_and_token_is_tiktokens(reference):

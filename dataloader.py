@@ -68,11 +68,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
             "prepare the text again with data/prepare.py"
         )
     for note in sorted(folder.glob("*/*.ds.metadata"))[:1]:
-        name = note.read_text(encoding="utf-8").partition("\n")[0]
-        if "gpt2" not in name:
+        name = note.read_text(encoding="utf-8").partition("\n")[0].partition("|")[0]
+        if "gpt2" not in Path(name).name:
             raise ValueError(
-                f"{note} says that the tokenizer is {name.rpartition('|')[0]}, not gpt2: "
-                f"{path} is needed, as docs/datatrove.md shows"
+                f"{note} says that the tokenizer is {name}, not gpt2: {path} is needed, "
+                "as docs/datatrove.md shows"
             )
     return {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB, "dtype": "uint16", "splits": {}}
 
@@ -146,11 +146,16 @@ def open_tokens(path: Path, dtype: str) -> NDArray[Any]:
 
 
 def datatrove_note(path: Path) -> tuple[np.dtype[Any], int]:
-    """Type and number of a .ds file's tokens, from the .metadata that datatrove writes last."""
+    """Type and number of a .ds file's tokens, from the .metadata that datatrove writes last.
+
+    Its first line is tokenizer|bytes per token (without the latter in old versions: 2), its second
+    the number of tokens. Raises ValueError when it is not there.
+    """
     note = path.with_name(f"{path.name}.metadata")
     try:
         first, tokens = note.read_text(encoding="utf-8").splitlines()[:2]
-        return np.dtype(f"<u{int(first.rpartition('|')[2])}"), int(tokens)
+        width = int(first.rpartition("|")[2]) if "|" in first else 2
+        return np.dtype(f"<u{width}"), int(tokens)
     except (OSError, ValueError, TypeError) as e:
         raise ValueError(
             f"{note} is missing or damaged, so {path.name} is not finished; run datatrove again "
@@ -198,13 +203,18 @@ def unmerged(folder: Path, split: str, meta: dict[str, Any]) -> tuple[list[Piece
         )
     files, tables = [], []
     for stem in stems:
-        facts = json.loads(stem.with_suffix(".json").read_bytes())
-        table = np.fromfile(stem.with_suffix(".index"), dtype=facts["index"])
-        tables.append(table.reshape(-1, 2).astype(np.int64))
         path = stem.with_suffix(".bin")
-        files.append(open_tokens(path, dtype) if facts["tokens"] else np.zeros(0, dtype))
-        if not len(files[-1]) == facts["tokens"] == tables[-1][:, 0].sum():
-            raise ValueError(f"{path} is damaged: delete {stem}.json and make the share again")
+        try:
+            facts = json.loads(stem.with_suffix(".json").read_bytes())
+            table = np.fromfile(stem.with_suffix(".index"), dtype=facts["index"])
+            tables.append(table.reshape(-1, 2).astype(np.int64))
+            files.append(open_tokens(path, dtype) if facts["tokens"] else np.zeros(0, dtype))
+            if not len(files[-1]) == facts["tokens"] == tables[-1][:, 0].sum():
+                raise ValueError("another length than its .json or .index says")
+        except (OSError, ValueError, KeyError) as e:
+            raise ValueError(
+                f"{path} is damaged ({e}); delete {stem}.json and run its --shards=I/N again"
+            ) from e
     first = np.cumsum([0] + [len(table) for table in tables])  # document of each part
     n, (lengths, sizes) = int(first[-1]), np.concatenate(tables).T
     if n < 2:

@@ -201,6 +201,9 @@ def test_datatroves_files_are_read_as_they_are(tmp_path, size, top):
     datatrove(tmp_path / "train", [], "00001_unshuffled.ds", size)
     datatrove(tmp_path / "train", [top, *range(101, 120)], "00002_00000_doc_shuffled.ds", size)
     datatrove(tmp_path / "val", range(30), size=size)
+    if size == 2:  # as versions before uint32 wrote it
+        note = tmp_path / "val" / "00000_00000_doc_shuffled.ds.metadata"
+        note.write_text("gpt2\n30\n30 T", encoding="utf-8")
     executor(tmp_path / "train" / "logs", 3, range(3))
     train = TokenData(tmp_path, "train", 9, 2**17)
     assert train.tokens == 120
@@ -258,7 +261,7 @@ def make_shares(script, source, out, *flags, shares=3):
         assert result.code == 0, result.err
     if not (out / "meta.json").exists():
         meta = {"tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16", "splits": {}}
-        meta |= {"parts": 4, "val_fraction": 0.0, "split_seed": 2357}
+        meta |= {"parts": 4, "val_fraction": float(flags[0].partition("=")[2]), "split_seed": 2357}
         (out / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -266,9 +269,10 @@ def stream(data):
     return data.windows(np.array([0]), data.tokens)[0]
 
 
-def test_unmerged_shares_read_as_their_merged_result(script, tmp_path, source):
+@pytest.mark.parametrize("fraction", [0.0, 0.4])
+def test_unmerged_shares_read_as_their_merged_result(script, tmp_path, source, fraction):
     """The same documents for validation, in the same order; the same text for training."""
-    flags = ["--tokenizer=bytes", "--num_proc=1"]
+    flags = [f"--val_fraction={fraction}", "--tokenizer=bytes", "--num_proc=1"]
     make_shares(script, source, tmp_path / "open", *flags)
     merged = tmp_path / "merged"
     assert script("data/prepare.py", f"--source={source}", f"--dataset={merged}", *flags).code == 0
@@ -281,7 +285,7 @@ def test_unmerged_shares_read_as_their_merged_result(script, tmp_path, source):
 
 
 def test_missing_and_damaged_shares_are_named(script, tmp_path, source):
-    flags = ["--tokenizer=bytes", "--num_proc=1"]
+    flags = ["--val_fraction=0.0", "--tokenizer=bytes", "--num_proc=1"]
     make_shares(script, source, tmp_path, *flags, shares=2)
     with pytest.raises(FileNotFoundError, match=r"1 of 4 parts are missing .*00002.*--shards=I/N"):
         TokenData(tmp_path, "train", 9, 320)
@@ -289,6 +293,9 @@ def test_missing_and_damaged_shares_are_named(script, tmp_path, source):
     part = tmp_path / "parts" / "00003.bin"
     part.write_bytes(part.read_bytes()[:-2])
     with pytest.raises(ValueError, match=r"00003\.bin is damaged"):
+        TokenData(tmp_path, "train", 9, 320)
+    (tmp_path / "parts" / "00001.json").write_bytes(b"{")
+    with pytest.raises(ValueError, match=r"00001\.bin is damaged .*--shards=I/N again"):
         TokenData(tmp_path, "train", 9, 320)
 
 

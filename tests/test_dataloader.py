@@ -1,11 +1,12 @@
 """Data order: what nanoGPT and EasyGPT get wrong on resume and on a change of batch size."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dataloader import (
@@ -142,6 +143,7 @@ def test_uint32_by_meta(tmp_path):
     cuts=st.lists(st.integers(0, 300), max_size=12),
     starts=st.lists(st.integers(0, 289), min_size=1, max_size=9),
 )
+@example(cuts=list(range(20, 300, 20)), starts=[0, 150, 289])
 def test_shards_read_as_one_stream(tmp_path_factory, cuts, starts):
     """Windows may lie in many shards; 10 comes after 9, as nobody pads by hand."""
     folder, edges = tmp_path_factory.mktemp("shards"), [0, *sorted({*cuts} - {0, 300}), 300]
@@ -172,8 +174,10 @@ def test_llmc_shards(tmp_path, kind, ids):
 
 def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
     llmc(tmp_path / "train.bin", [5, 128000] * 200, 20240801, 7, "<u4")
-    with pytest.raises(ValueError, match=r"token id 128000, but the model's vocab_size is 50304"):
-        TokenData(tmp_path, "train", 8, 50304)
+    for size in (50304, 128000):
+        with pytest.raises(ValueError, match=rf"token id 128000, .*vocab_size is {size};"):
+            TokenData(tmp_path, "train", 8, size)
+    assert TokenData(tmp_path, "train", 8, 128001).tokens == 400
 
 
 def datatrove(folder, tokens, name="00000_00000_doc_shuffled.ds", size=2, tokenizer="gpt2"):
@@ -282,6 +286,10 @@ def test_unmerged_shares_read_as_their_merged_result(script, tmp_path, source, f
         assert data.nbytes == one.nbytes is not None
         starts = np.arange(one.tokens - 9)
         assert (data.windows(starts) == one.windows(starts)).all()
+        with pytest.raises(ValueError, match="token id 256") as error:
+            TokenData(tmp_path / "open", split, 9, 256)
+        path, place = re.match(r"(\S+) at token ([\d,]+) holds", str(error.value)).groups()
+        assert np.fromfile(path, dtype="<u2")[int(place.replace(",", ""))] == 256
 
 
 def test_missing_and_damaged_shares_are_named(script, tmp_path, source):
@@ -356,6 +364,9 @@ def test_no_good_file_is_taken_for_a_bad_one(tmp_path, top, seed):
     tokens = (top * rng.random(30_000) ** 3).astype(np.uint16)
     make(tmp_path, np.concatenate([tokens, np.zeros(200), [1]]))
     assert TokenData(tmp_path, "train", 16, 50304).tokens == 30_201
+    gap = np.zeros(17_000)  # a long run of zeros, but not up to the end
+    make(tmp_path, np.concatenate([np.tile(tokens, 17), gap, tokens[:10_000]]))
+    assert TokenData(tmp_path, "train", 16, 50304).tokens == 537_000
 
 
 def test_an_id_that_no_sample_meets_is_caught_when_it_is_read(tmp_path):

@@ -1,25 +1,229 @@
-"""Measure the project on this machine: python bench.py --what=save
+"""Measure the project on this machine: python bench.py --what=prepare
 
 Timings are noisy, so variants are run in turn, A B A B, and medians and ratios are printed.
 
+prepare: data/prepare.py against nanoGPT's recipe (datasets.map with encode_ordinary per document,
+    then a memory map) and against tiktoken's encode_ordinary_batch alone, on the same text with
+    the same number of processes or threads: MB/s, temporary disk, memory. Needs GPT-2's
+    vocabulary where tiktoken finds it (a network, or TIKTOKEN_CACHE_DIR).
 save: the demo's training with a checkpoint every 25 updates against the same without.
 """
 
 import json
+import os
+import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import runtime
+# The model, torch and datasets are imported where they are used: variants are new processes.
 from configurator import configure
 
-what = "save"  # what to measure; see above
+what = "prepare"  # what to measure; see above
 repeats = 3  # times each variant is run
-steps = 400  # updates of a run
+text = ""  # prepare: a .jsonl of {"text": ...}; empty = the embedded corpus, repeated to 64 MB
+num_proc = 2  # prepare: processes or threads of every variant
+steps = 400  # save: updates of a run
 
 ROOT = Path(__file__).resolve().parent
+CORPUS_BYTES = 64e6
+
+
+@dataclass
+class Cost:
+    """What running a command took."""
+
+    seconds: float
+    disk: int  # largest sum of the files in its folder, bytes
+    memory: int  # of its largest process, bytes; 0 = unknown (Windows)
+    printed: str
+
+
+def run(command: list[str], folder: Path) -> Cost:
+    """Run a command of this repository to its end. Raises ValueError when it fails."""
+    peak = 0
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.05):
+            peak = max(peak, size_of(folder))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    t0 = time.perf_counter()
+    call = [sys.executable, "-c", f"import bench; bench.call_and_report({command})"]
+    ended = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    seconds = time.perf_counter() - t0
+    done.set()
+    watcher.join()
+    if ended.returncode:
+        last = (ended.stderr.strip() or "no message").splitlines()[-1]
+        raise ValueError(f"{' '.join(command)} failed: {last}")
+    *lines, memory = ended.stdout.strip().splitlines()
+    return Cost(seconds, max(peak, size_of(folder)), int(memory), "\n".join(lines))
+
+
+def call_and_report(command: list[str]) -> None:
+    """Run a command and print, last, the peak memory in bytes of its largest process.
+
+    In a small process between: the system counts memory that a process has had before exec.
+    """
+    code = subprocess.run([sys.executable, *command]).returncode
+    memory = 0
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    print(f"\n{memory}")
+    sys.exit(code)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the disk that the files below a folder take; they may vanish meanwhile."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            try:
+                stat = os.stat(os.path.join(path, name))
+            except OSError:
+                continue
+            total += stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size
+    return total
+
+
+def in_turn(variants: dict[str, Callable[[], Cost]]) -> dict[str, list[Cost]]:
+    """Each variant `repeats` times, A B A B."""
+    costs: dict[str, list[Cost]] = {name: [] for name in variants}
+    for i in range(repeats):
+        for name, variant in variants.items():
+            costs[name].append(variant())
+            print(f"{i + 1}/{repeats}  {name}: {costs[name][-1].seconds:.2f} s", flush=True)
+    return costs
+
+
+def median_ratio(a: list[Cost], b: list[Cost]) -> float:
+    """Median over the rounds of a's seconds / b's."""
+    return statistics.median(x.seconds / y.seconds for x, y in zip(a, b, strict=True))
+
+
+def nanogpt_recipe(source: str, out: str, processes: int) -> None:
+    """The recipe of nanoGPT's data/openwebtext/prepare.py, on a .jsonl instead of the Hub."""
+    import numpy as np
+    import tiktoken
+    from datasets import load_dataset
+
+    encoding = tiktoken.get_encoding("gpt2")
+
+    def tokenize(row: dict[str, str]) -> dict[str, object]:
+        ids = [*encoding.encode_ordinary(row["text"]), encoding.eot_token]
+        return {"ids": ids, "len": len(ids)}
+
+    rows = load_dataset(
+        "json", data_files=source, split="train", cache_dir=f"{out}/cache", num_proc=processes
+    )
+    splits = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    for split, name in (("train", "train"), ("test", "val")):
+        found = splits[split].map(tokenize, remove_columns=["text"], num_proc=processes)
+        total = int(np.sum(found["len"], dtype=np.uint64))
+        bins = np.memmap(f"{out}/{name}.bin", dtype=np.uint16, mode="w+", shape=(total,))
+        at, shards = 0, min(1024, len(found))
+        for i in range(shards):
+            shard = found.shard(num_shards=shards, index=i, contiguous=True).with_format("numpy")
+            ids = np.concatenate(shard["ids"])
+            bins[at : at + len(ids)] = ids
+            at += len(ids)
+        bins.flush()
+
+
+def raw_tiktoken(source: str, threads: int) -> None:
+    """Print the seconds that encode_ordinary_batch alone takes for all documents of a .jsonl."""
+    import tiktoken
+
+    encoding = tiktoken.get_encoding("gpt2")
+    with open(source, encoding="utf-8") as f:
+        texts = [json.loads(line)["text"] for line in f]
+    t0 = time.perf_counter()
+    for i in range(0, len(texts), 1000):
+        encoding.encode_ordinary_batch(texts[i : i + 1000], num_threads=threads)
+    print(time.perf_counter() - t0)
+
+
+def write_corpus(path: Path) -> None:
+    """The documents of the embedded corpus in random order, again and again, as a .jsonl."""
+    sys.path.append(str(ROOT / "data"))
+    from sources import stdlib_documents
+
+    documents, rng = list(stdlib_documents()), random.Random(0)
+    with path.open("w", encoding="utf-8") as f:
+        while f.tell() < CORPUS_BYTES:
+            rng.shuffle(documents)
+            f.writelines(json.dumps({"text": document}) + "\n" for document in documents)
+
+
+def bench_prepare(folder: Path) -> None:
+    """Print a table of what the ways from text to train.bin cost."""
+    source = Path(text).resolve() if text else folder / "corpus.jsonl"
+    if not text:
+        write_corpus(source)
+    with source.open(encoding="utf-8") as f:
+        megabytes = sum(len(json.loads(line)["text"].encode()) for line in f) / 1e6
+    out = folder / "out"
+
+    def fresh() -> Path:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        return out
+
+    def ours() -> Cost:
+        flags = [f"--source={source}", f"--dataset={fresh()}", f"--num_proc={num_proc}"]
+        return run(["data/prepare.py", *flags, "--tokenizer=gpt2", "--val_fraction=0.0005"], out)
+
+    def recipe() -> Cost:
+        call = f"import bench; bench.nanogpt_recipe({str(source)!r}, {str(fresh())!r}, {num_proc})"
+        return run(["-c", call], out)
+
+    def raw() -> Cost:
+        call = f"import bench; bench.raw_tiktoken({str(source)!r}, {num_proc})"
+        cost = run(["-c", call], fresh())
+        cost.seconds = float(cost.printed.strip().splitlines()[-1])
+        return cost
+
+    bins: dict[str, int] = {}
+    val: dict[str, bytes] = {}
+
+    def seen(name: str, variant: Callable[[], Cost]) -> Callable[[], Cost]:
+        def call() -> Cost:
+            cost = variant()
+            bins[name] = sum((out / f"{s}.bin").stat().st_size for s in ("train", "val"))
+            val[name] = (out / "val.bin").read_bytes()
+            return cost
+
+        return call
+
+    variants = {"nanoGPT's recipe": seen("recipe", recipe), "data/prepare.py": seen("ours", ours)}
+    costs = in_turn(variants | {"tiktoken alone": raw})
+    if val["recipe"] != val["ours"] or bins["recipe"] != bins["ours"]:
+        raise ValueError("the two have made different bins")
+    print(f"\n{megabytes:.0f} MB of text, {num_proc} processes or threads, val.bin the same")
+    print("| way | MB/s | times the recipe | peak disk / bins | MB of its largest process |")
+    print("|---|---|---|---|---|")
+    for name, found in costs.items():
+        seconds = statistics.median(c.seconds for c in found)
+        ratio = median_ratio(costs["nanoGPT's recipe"], found)
+        disk = max(c.disk for c in found) / bins["ours"]
+        memory = max(c.memory for c in found) / 1e6
+        print(f"| {name} | {megabytes / seconds:.1f} | {ratio:.2f} | {disk:.2f} | {memory:.0f} |")
+    share = median_ratio(costs["tiktoken alone"], costs["data/prepare.py"])
+    print(f"\ndata/prepare.py, end to end, has {share:.0%} of the speed of tiktoken alone")
 
 
 def train_seconds(flags: list[str]) -> float:
@@ -33,10 +237,7 @@ def train_seconds(flags: list[str]) -> float:
             "--log_interval=1",
         ]
         fixed += ["--eval_iters=1", "--eval_interval=1000000"]
-        command = [sys.executable, "train.py", "config/train_demo.py", *fixed, *flags]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-        if done.returncode:
-            raise ValueError(f"train.py failed: {done.stderr.strip()}")
+        run(["train.py", "config/train_demo.py", *fixed, *flags], out)
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [r for r in map(json.loads, lines) if "loss" in r]
         seconds: float = records[-1]["elapsed_s"] - records[20]["elapsed_s"]
@@ -56,13 +257,18 @@ def bench_save() -> None:
 
 
 def main() -> None:
-    if what != "save":
-        raise ValueError(f"what must be save, not {what!r}")
-    if repeats < 1 or steps < 50:
-        raise ValueError("repeats must be at least 1 and steps at least 50")
-    bench_save()
+    if what not in ("prepare", "save"):
+        raise ValueError(f"what must be prepare or save, not {what!r}")
+    if repeats < 1 or steps < 50 or num_proc < 1:
+        raise ValueError("repeats and num_proc must be at least 1, and steps at least 50")
+    if what == "save":
+        return bench_save()
+    with tempfile.TemporaryDirectory() as folder:
+        bench_prepare(Path(folder))
 
 
 if __name__ == "__main__":
+    import runtime
+
     globals().update(configure(globals()))
     runtime.run(main)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import sources
 from numpy.typing import NDArray
-from sources import BadData, Part
+from sources import BadData, Part, text_size
 from tqdm import tqdm
 
 from tokenizer import Tokenizer, get_tokenizer
@@ -26,6 +27,7 @@ Ints = NDArray[np.int64]
 BATCH = 2**20  # characters encoded together
 COPY = 2**22  # tokens copied at a time
 QUIET_S = 60  # without progress before a line says so
+SMALL = 16 * 2**20  # bytes of text that are not worth a process
 
 
 @dataclass(frozen=True)
@@ -199,16 +201,15 @@ def encode_parts(todo: dict[int, Part], have: dict[int, int], job: Job, processe
     context = multiprocessing.get_context("spawn")  # the same on every system, safe with threads
     counters = context.Array("q", 3)
     workers = min(processes, len(todo))
-    bar = tqdm(total=sum(p.size for p in todo.values()), unit="B", unit_scale=True, disable=None)
-    show = Progress(bar, counters)
-    if workers == 1:
+    show = Progress(sum(p.size for p in todo.values()), counters)
+    if workers == 1 and sum(map(text_size, todo.values())) < SMALL:  # a process would take longer
         start_worker(job, counters)
         for number, part in todo.items():
             if enough(have, job.limit):
                 break
             have[number] = encode_part(number, part, job)
-            show(part.size, [number])
-        bar.close()
+            show.finished(part)
+        show.close()
         return
     pool = ProcessPoolExecutor(workers, context, start_worker, (job, counters))
     running: dict[Future[int], int] = {}
@@ -221,8 +222,8 @@ def encode_parts(todo: dict[int, Part], have: dict[int, int], job: Job, processe
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
                 number = running.pop(future)
                 have[number] = future.result()
-                show(todo[number].size, [*running.values()])
-            show(0, [*running.values()])
+                show.finished(todo[number])
+            show([*running.values()])
     except BrokenProcessPool as e:
         raise OSError(
             "a worker was killed (out of memory?); run the same command again to go on, with a "
@@ -234,7 +235,7 @@ def encode_parts(todo: dict[int, Part], have: dict[int, int], job: Job, processe
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        bar.close()
+        show.close()
 
 
 def enough(have: dict[int, int], limit: int) -> bool:
@@ -248,29 +249,54 @@ def enough(have: dict[int, int], limit: int) -> bool:
 
 
 class Progress:
-    """The bar's text, and a line now and then when nothing moves."""
+    """One bar over the bytes of the source, and a line now and then when nothing moves.
 
-    def __init__(self, bar: Any, counters: Any) -> None:
-        self.bar, self.counters = bar, counters
-        self.t0 = self.moved = time.monotonic()
-        self.seen = 0
+    Where there is no terminal (a scheduler's log) the bar is a line every minute.
+    """
 
-    def __call__(self, size: int, running: list[int]) -> None:
+    def __init__(self, total: int, counters: Any) -> None:
+        self.counters, self.total = counters, total
+        self.lines = not sys.stderr.isatty()
+        self.bar = tqdm(total=total, unit="B", unit_scale=True, disable=self.lines)
+        self.t0 = self.moved = self.said = time.monotonic()
+        self.seen = self.done = self.read = 0
+
+    def finished(self, part: Part) -> None:
+        """A part is done: what it took tells how far the others are."""
+        self.done += part.size
+        self.read = self.counters[1]
+        self([])
+
+    def __call__(self, running: list[int]) -> None:
         documents, text_bytes, tokens = self.counters[:]
         now = time.monotonic()
-        if tokens != self.seen or size:
+        if tokens != self.seen:
             self.seen, self.moved = tokens, now
-        elif now - self.moved > QUIET_S:
+        elif running and now - self.moved > QUIET_S:
             names = ", ".join(map(str, sorted(running)[:8]))
-            self.bar.write(f"no new tokens for {now - self.moved:.0f} s; at parts {names}")
+            self.say(f"no new tokens for {now - self.moved:.0f} s; at parts {names}")
             self.moved = now
         seconds = max(now - self.t0, 1e-3)
-        self.bar.set_postfix_str(
+        # Text bytes are known as they come, bytes of the (packed) source only part by part.
+        per_byte = self.done / self.read if self.read else 1.0
+        at = min(self.total, max(self.done, int(text_bytes * per_byte)))
+        facts = (
             f"{documents:,} documents, {text_bytes / 1e6 / seconds:.1f} MB/s, "
-            f"{tokens / seconds:,.0f} tokens/s",
-            refresh=False,
+            f"{tokens / seconds:,.0f} tokens/s"
         )
-        self.bar.update(size)
+        self.bar.set_postfix_str(facts, refresh=False)
+        self.bar.update(at - self.bar.n)
+        if self.lines and now - self.said > QUIET_S:
+            self.said = now
+            left = seconds * (self.total - at) / max(1, at) / 60
+            self.say(f"{at / max(1, self.total):.1%}, {facts}, about {left:.0f} min left")
+
+    def say(self, line: str) -> None:
+        """Above the bar, or where there is none."""
+        tqdm.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 def identity(part: Part) -> Any:

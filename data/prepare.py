@@ -6,11 +6,12 @@ With no arguments the source is OpenWebText from the Hugging Face Hub, with GPT-
 --verify=True checks a folder that is there. Run the same command again after an interruption.
 
 Workers turn each part of the source into a file of tokens in data/<dataset>/parts. When all are
-there, train.bin grows by one part at a time, which is then deleted, so that the disk holds little
-more than the tokens once, and neither an interruption nor the number of workers changes a byte.
+there, they are moved into train.bin piece by piece, so that the disk holds little more than the
+tokens once, and neither an interruption nor the number of workers changes a byte.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +70,11 @@ skip_bad = False  # leave damaged files and documents out, and list them in meta
 overwrite = False  # throw away what is in the folder, complete or not
 verify = False  # only check the folder: counts, hashes, range of the ids; show some text
 
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # a full disk, a quota
 SYNC_SHARE = 0.04  # of train.bin may be on the disk twice while it grows
 TRAIN_ON = 2**27  # characters that --tokenizer=train:N learns from, from the start of the source
 LLMC_MAGIC, HEADER = 20240520, 512  # of llm.c's shards; the header in uint16
-# Bytes of text per byte on disk and tokens per byte of text, at least: for the free-disk check
-EXPANSION = {".parquet": 1.4, ".jsonl.gz": 2.0, ".txt.gz": 2.0, ".jsonl.zst": 2.0, ".tar": 2.5}
+# Tokens per byte of text, at least: for the free-disk check
 TOKENS_PER_BYTE = {"gpt2": 0.2, "bytes": 1.0}
 
 
@@ -92,8 +94,7 @@ def assemble(
     """Parts to train.bin and val.bin in the parts' folder: what meta.json says of the splits.
 
     Validation documents stand in the split's order, training documents in the source's (the
-    loader shuffles). assembly.json says how far train.bin has come, and a part is deleted when
-    that has reached the disk; a run that was killed goes on from there.
+    loader shuffles). A run that was killed goes on where it was.
     """
     dtype = token_type(tok.vocab_size)
     paths = [work / f"{number:05d}.bin" for number in facts]
@@ -107,15 +108,17 @@ def assemble(
     fraction = val_fraction or (0.0005 if n >= 100_000 else 0.05)
     if n == 1:
         k = int(np.argmax(edges > 0)) - 1
-        splits = split_one(paths[k], int(tables[k][0, 0]), tok, fraction)
+        splits = split_one(work, paths[k], *tables[k][0].tolist(), tok, fraction)
         return {"val_fraction": fraction, "splits": splits}
     chosen = val_documents(n, fraction, seed)
     is_val = np.zeros(n, dtype=bool)
     is_val[chosen] = True
 
-    journal = work / "assembly.json"
-    state = json.loads(journal.read_bytes()) if journal.exists() else {"part": 0, "tokens": 0}
-    if not state["part"]:  # all parts are still there
+    marker = work / "assembly.json"  # from here on parts that are short or gone have been moved
+    if not marker.exists():
+        for path, one in zip(paths, facts.values(), strict=True):
+            if path.stat().st_size != one["tokens"] * np.dtype(dtype).itemsize:
+                raise ValueError(f"{path} is damaged: delete {work}")
         val = TokenFile(work / "val.bin", dtype)
         ends = [np.cumsum(t[:, 0]) for t in tables]
         for i in chosen:
@@ -124,20 +127,12 @@ def assemble(
             for ids in read_tokens(paths[k], dtype, end - length, end):
                 val.write(ids)
         val.close()
-    train = TokenFile(work / "train.bin", dtype, state["tokens"])
-    copied = paths[: state["part"]]
-    for k in range(state["part"], len(paths)):
-        for start, stop in kept_ranges(tables[k][:, 0], is_val[edges[k] : edges[k + 1]]):
-            for ids in read_tokens(paths[k], dtype, start, stop):
-                train.write(ids)
-        copied.append(paths[k])
-        if sum(p.stat().st_size for p in copied if p.exists()) > SYNC_SHARE * train.file.tell():
-            train.sync()
-            write_file(journal, json.dumps({"part": k + 1, "tokens": train.tokens}).encode())
-            for path in copied:
-                path.unlink(missing_ok=True)
-            copied = []
-    train.close()
+        (work / "train.bin").write_bytes(b"")
+        write_file(marker, b"{}")
+    ranges = [
+        kept_ranges(t[:, 0], is_val[a:b]) for t, (a, b) in zip(tables, pairwise(edges), strict=True)
+    ]
+    move_tokens(paths, ranges, work / "train.bin", dtype)
     table = np.concatenate(tables)
     splits = {}
     for name, documents in (("train", table[~is_val]), ("val", table[is_val])):
@@ -156,40 +151,106 @@ def cut_tables(tables: list[NDArray[np.int64]], limit: int) -> list[NDArray[np.i
     return kept
 
 
-def kept_ranges(
-    lengths: NDArray[np.int64], left_out: NDArray[np.bool_]
-) -> Iterator[tuple[int, int]]:
-    """First token and end of each run of documents that are not left out."""
+def kept_ranges(lengths: NDArray[np.int64], left_out: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """First token and end of each run of documents that are not left out: (runs, 2)."""
     edges = np.concatenate([[0], np.cumsum(lengths)])
     change = np.flatnonzero(np.diff(np.concatenate([[True], left_out, [True]])))
-    for first, last in change.reshape(-1, 2):
-        yield int(edges[first]), int(edges[last])
+    return edges[change.reshape(-1, 2)]
 
 
-def split_one(path: Path, length: int, tok: Tokenizer, fraction: float) -> dict[str, Any]:
-    """Splits of a lone document of `length` tokens: its end is for validation.
+def move_tokens(
+    paths: list[Path], ranges: list[NDArray[np.int64]], target: Path, dtype: str
+) -> None:
+    """The token ranges of each file, (runs, 2), one after another into `target`; files end empty.
 
-    From a new line on if one is near, else between two characters.
+    Each file is moved from its end to its start and cut off behind what has reached the disk, so
+    that there is never much more than one copy, and what is left of the files tells a later call
+    where to go on.
+    """
+    width = np.dtype(dtype).itemsize
+    offsets = np.cumsum([0] + [int((r[:, 1] - r[:, 0]).sum()) for r in ranges])
+    unsynced_limit = int(SYNC_SHARE * offsets[-1])
+    chunk = min(COPY, max(2**15, unsynced_limit // 2))
+    moved: dict[Path, int] = {}  # file -> tokens that it may be cut down to
+    unsynced = 0
+    with target.open("r+b") as out:
+
+        def sync() -> None:
+            nonlocal unsynced
+            out.flush()
+            os.fsync(out.fileno())
+            for path, tokens in moved.items():
+                if tokens:
+                    os.truncate(path, tokens * width)
+                else:
+                    path.unlink()
+            moved.clear()
+            unsynced = 0
+
+        for path, runs, offset in zip(paths, ranges, offsets[:-1].tolist(), strict=True):
+            before = np.cumsum(runs[:, 1] - runs[:, 0]) - (runs[:, 1] - runs[:, 0])
+            end = path.stat().st_size // width if path.exists() else 0
+            while end:
+                start = max(0, end - chunk)
+                (ids,) = read_tokens(path, dtype, start, end)
+                first, last = (
+                    np.searchsorted(runs[:, 1], start, "right"),
+                    int(np.searchsorted(runs[:, 0], end, "left")),
+                )
+                here = runs[first:last].clip(start, end)
+                if len(here):
+                    at = offset + before[first] + here[0, 0] - runs[first, 0]
+                    out.seek(int(at) * width)
+                    out.write(np.concatenate([ids[a - start : b - start] for a, b in here]).data)
+                moved[path], end = start, start
+                unsynced += len(ids)
+                if unsynced > unsynced_limit:
+                    sync()
+            if not path.exists() or not path.stat().st_size:
+                path.unlink(missing_ok=True)
+        sync()
+
+
+def split_one(
+    work: Path, path: Path, length: int, size: int, tok: Tokenizer, fraction: float
+) -> dict[str, Any]:
+    """Splits of a lone document of `length` tokens and `size` bytes: its end is for validation.
+
+    From a new line on if one is near, else between two characters. Its own file becomes train.bin.
     """
     dtype, tokens = token_type(tok.vocab_size), length - 1  # without end-of-text
-    cut = tokens - math.ceil(fraction * tokens)
-    near = [i for ids in read_tokens(path, dtype, cut, min(tokens, cut + 4096)) for i in ids]
-    texts = [tok.decode([token]) for token in near[:-1]]
-    ends = [i for i, t in enumerate(texts) if t.endswith("\n")]
-    ends += [i for i, t in enumerate(texts) if not t.endswith("\ufffd")]
-    if not ends:
-        raise ValueError("the source is one document of a word or two: too little to split")
-    cut += ends[0] + 1
-    splits = {}
-    for name, start, stop in (("train", 0, cut), ("val", cut, tokens)):
-        file, size = TokenFile(path.with_name(f"{name}.bin"), dtype), 0
-        for ids in read_tokens(path, dtype, start, stop):
-            file.write(ids)
-            size += sum(len(tok.token_bytes(i, start + j == 0)) for j, i in enumerate(ids.tolist()))
-        file.write(np.array([tok.eot]))
-        file.close()
-        splits[name] = {**file_facts(file.path, dtype), "documents": 1, "bytes": size}
-    return splits
+    eot = np.array([tok.eot], dtype=dtype)
+    marker, train = work / "assembly.json", work / "train.bin"
+    if not marker.exists():
+        cut = tokens - math.ceil(fraction * tokens)
+        near = [i for ids in read_tokens(path, dtype, cut, min(tokens, cut + 4096)) for i in ids]
+        texts = [tok.decode([token]) for token in near[:-1]]
+        ends = [i for i, t in enumerate(texts) if t.endswith("\n")]
+        ends += [i for i, t in enumerate(texts) if not t.endswith("\ufffd")]
+        if not ends:
+            raise ValueError("the source is one document of a word or two: too little to split")
+        cut += ends[0] + 1
+        val, val_bytes = TokenFile(work / "val.bin", dtype), 0
+        for ids in read_tokens(path, dtype, cut, tokens):
+            val.write(ids)
+            val_bytes += sum(len(tok.token_bytes(i, False)) for i in ids.tolist())
+        val.write(eot)
+        val.close()
+        write_file(marker, json.dumps({"cut": cut, "val_bytes": val_bytes}).encode())
+    made = json.loads(marker.read_bytes())
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(made["cut"] * eot.itemsize)
+            file.seek(0, os.SEEK_END)
+            file.write(eot.data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path, train)
+    sizes = {"train": size - made["val_bytes"], "val": made["val_bytes"]}
+    return {
+        name: {**file_facts(work / f"{name}.bin", dtype), "documents": 1, "bytes": nbytes}
+        for name, nbytes in sizes.items()
+    }
 
 
 def file_facts(path: Path, dtype: str, skip: int = 0) -> dict[str, Any]:
@@ -311,7 +372,7 @@ def parse_count(text: str) -> int:
 
 def check_disk(out: Path, todo: list[Part], name: str, limit: int) -> None:
     """Raises OSError when the tokens cannot fit on the disk, by a cautious guess of their size."""
-    text = sum(p.size * expansion(p) for p in todo)
+    text = sum(map(sources.text_size, todo))
     width = 4 if name.endswith(".json") else 2
     tokens = text * TOKENS_PER_BYTE.get(name, 0.1)
     need = width * (min(tokens, limit) if limit else tokens)
@@ -327,10 +388,6 @@ def check_disk(out: Path, todo: list[Part], name: str, limit: int) -> None:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def expansion(part: Part) -> float:
-    return EXPANSION.get(sources.kind(part.files[0]) or "", 1.0) if part.files else 1.0
 
 
 def train_bpe(found: Source, size: int) -> str:
@@ -435,7 +492,12 @@ def prepare(out: Path, name: str) -> None:
             raise ValueError(f"{source} has changed meanwhile; start over with --overwrite=True")
         encode_parts(todo, have, job, num_proc or cores())
     if "/" in shards:
-        print(f"{work}: {len(here)} of {len(numbers)} parts, share {shards}; then --merge=True")
+        if not limit:
+            describe_parts(out, len(numbers), found, tok, name)
+        print(
+            f"{work}: {len(here)} of {len(numbers)} parts, share {shards}; with all shares there, "
+            "train.py reads them as they stand, and --merge=True makes train.bin of them"
+        )
         return
     if limit:
         total = np.cumsum([have.get(i, 0) for i in numbers])
@@ -457,15 +519,8 @@ def request(name: str) -> dict[str, Any]:
     return {**what, **part, "val_fraction": val_fraction, "seed": seed}
 
 
-def finish(
-    out: Path, numbers: list[int], found: Source, tok: Tokenizer, name: str, limit: int
-) -> None:
-    """Parts to a complete dataset folder."""
-    work = out / "parts"
-    facts = {i: f for i in numbers if (f := facts_of(work, i, found.parts[i])) is not None}
-    assert len(facts) == len(numbers)
-    skipped = [f["skipped"] for f in facts.values() if f["skipped"]["count"]]
-    tokens = sum(f["tokens"] for f in facts.values())
+def description(found: Source, tok: Tokenizer, name: str) -> dict[str, Any]:
+    """What meta.json says of any dataset; what the splits hold comes on top."""
     meta: dict[str, Any] = {
         "format": 1,
         "tokenizer": tok.name,
@@ -475,12 +530,37 @@ def finish(
         "source": source,
         "revision": found.revision,
         "split_seed": seed,
-        "partial": len(numbers) < len(found.parts) or bool(limit and tokens > limit),
-        "skipped": skipped,
         "request": request(name),
     }
     if tok.json_text is not None:
         meta["tokenizer_sha256"] = hashlib.sha256(tok.json_text.encode()).hexdigest()
+    return meta
+
+
+def describe_parts(out: Path, parts: int, found: Source, tok: Tokenizer, name: str) -> None:
+    """A meta.json with which the loader reads the parts before they are merged.
+
+    The same whichever share writes it; its "parts" says how many there will be.
+    """
+    meta = description(found, tok, name) | {"partial": False, "parts": parts}
+    meta |= {"val_fraction": val_fraction, "splits": {}}
+    if tok.json_text is not None:
+        write_file(out / "tokenizer.json", tok.json_text.encode())
+    write_file(out / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
+
+
+def finish(
+    out: Path, numbers: list[int], found: Source, tok: Tokenizer, name: str, limit: int
+) -> None:
+    """Parts to a complete dataset folder."""
+    work = out / "parts"
+    facts = {i: f for i in numbers if (f := facts_of(work, i, found.parts[i])) is not None}
+    assert len(facts) == len(numbers)
+    skipped = [f["skipped"] for f in facts.values() if f["skipped"]["count"]]
+    tokens = sum(f["tokens"] for f in facts.values())
+    meta = description(found, tok, name)
+    meta["partial"] = len(numbers) < len(found.parts) or bool(limit and tokens > limit)
+    meta["skipped"] = skipped
     meta |= assemble(work, facts, tok, limit)
     write_file(work / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
     publish(out)
@@ -505,6 +585,8 @@ def check_folder(out: Path) -> None:
     meta: dict[str, Any] = {"tokenizer": "gpt2", "dtype": "uint16", "splits": {}}
     if made.exists():
         meta = json.loads(made.read_text(encoding="utf-8"))
+    if "parts" in meta:
+        raise ValueError(f"{out} holds shares that are not merged: --merge=True, then --verify")
     tok = get_tokenizer(meta["tokenizer"], out)
     problems: list[str] = []
     text = (tok.json_text or "").encode()
@@ -553,6 +635,10 @@ def main() -> None:
     out = Path(named) if "/" in named or os.sep in named else ROOT / "data" / named
     if verify:
         return check_folder(out)
+    if overwrite and "/" in shards:
+        raise ValueError(
+            f"--overwrite=True would delete what other shares have made; delete {out} by hand, once"
+        )
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
     name = tokenizer
@@ -577,7 +663,9 @@ if __name__ == "__main__":
     except (ValueError, OSError) as e:
         if sys.flags.dev_mode:
             raise
-        print(f"prepare.py: {' '.join(str(e).split())}", file=sys.stderr)
+        full = getattr(e, "errno", None) in FULL
+        more = "; make room, and run the same command again to go on from here" if full else ""
+        print(f"prepare.py: {' '.join(str(e).split())}{more}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("prepare.py: interrupted; the same command goes on from here", file=sys.stderr)

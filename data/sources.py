@@ -47,6 +47,9 @@ MAX_LINE = 256 * MIB  # bytes of one .jsonl line
 MAX_MEMBER = 16 * MIB  # bytes of one text in an archive
 XZ_MEMORY = 128 * MIB  # for decompression; xz -9 needs 65 MiB
 BOMB_RATIO, BOMB_SLACK = 200, 64 * MIB  # text shrinks tenfold at most, repeats aside
+# Bytes of text per byte on the disk, about
+EXPANSION = {".parquet": 1.4, ".jsonl.gz": 2.5, ".txt.gz": 2.5, ".jsonl.zst": 2.5, ".tar": 2.5}
+EXPANSION |= {".xz": 3.0, ".tar.xz": 3.0, ".tar.gz": 2.5}
 HUB_ATTEMPTS = 6  # of a download, with pauses of 1, 2, 4 ... seconds
 
 
@@ -85,6 +88,12 @@ class Source:
     documents: int | None = None  # how many there should be
 
 
+def text_size(part: Part) -> float:
+    """About how many bytes of text a part holds."""
+    packed = EXPANSION.get(kind(part.files[0]) or "", 1.0) if part.files else 1.0
+    return part.size * packed
+
+
 def find(name: str, subset: str = "", split: str = "train", revision: str = "") -> Source:
     """The source called "stdlib", "hub:NAME", or a path: a file, a folder or a pattern with *.
 
@@ -112,7 +121,8 @@ def find(name: str, subset: str = "", split: str = "train", revision: str = "") 
     if not files:
         raise ValueError(f"{path} holds no {', '.join(KINDS)} files")
     original = len(files) == 21 and all(p.name.startswith("urlsf_subset") for p in files)
-    documents = OPENWEBTEXT_DOCUMENTS if original else None
+    whole = original or (path.is_dir() and path.resolve().name.lower() == "openwebtext")
+    documents = OPENWEBTEXT_DOCUMENTS if whole else None
     return Source(str(path.resolve()), local_parts(files), len(files), None, documents)
 
 

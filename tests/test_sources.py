@@ -201,13 +201,27 @@ def test_killed_twenty_times(tmp_path):
     killed_runs(tmp_path, 20)
 
 
-@pytest.mark.parametrize("at", range(14))
-def test_killed_while_putting_together(script, tmp_path, monkeypatch, at):
-    """Stopped at every file operation of the second half, it ends with the same bytes."""
-    write_jsonl(tmp_path / "a.jsonl", MANY[:3000])
-    assert prepare(script, tmp_path / "a.jsonl", tmp_path / "whole", "--num_proc=1").code == 0
+@pytest.mark.parametrize(
+    ("kind", "at"),
+    [(".jsonl", at) for at in (0, 1, 2, 4, 7, 10, 14, 25)]
+    + [(".jsonl.gz", at) for at in (3, 5, 6, 8, 11, 17, 33)],
+)
+def test_killed_while_putting_together(script, tmp_path, kind, at):
+    """Stopped at a file operation of the second half, it ends with the same bytes."""
+    texts = MANY[:3000] if kind == ".jsonl" else MANY[:1000]  # two parts, and one in many pieces
+    killed_second_half(script, tmp_path, write_source(tmp_path, kind, texts), at)
+
+
+@pytest.mark.parametrize("at", [0, 2, 3, 4, 5, 7])
+def test_killed_while_splitting_a_lone_document(script, tmp_path, at):
+    (tmp_path / "a.txt").write_text("\n".join(MANY[:50]), encoding="utf-8")
+    killed_second_half(script, tmp_path, tmp_path / "a.txt", at)
+
+
+def killed_second_half(script, tmp_path, source, at):
+    assert prepare(script, source, tmp_path / "whole", "--num_proc=1").code == 0
     out = tmp_path / "out"
-    assert prepare(script, tmp_path / "a.jsonl", out, "--num_proc=1", "--shards=0/1").code == 0
+    assert prepare(script, source, out, "--num_proc=1", "--shards=0/1").code == 0
     calls = 0
 
     class Killed(BaseException):
@@ -226,14 +240,57 @@ def test_killed_while_putting_together(script, tmp_path, monkeypatch, at):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", counted(os.replace))
         patch.setattr(os, "fsync", counted(os.fsync))
+        patch.setattr(os, "truncate", counted(os.truncate))
         patch.setattr("pathlib.Path.unlink", counted(type(out).unlink))
         try:
-            prepare(script, tmp_path / "a.jsonl", out, "--merge=True")
+            prepare(script, source, out, "--merge=True")
         except Killed:
             assert not (out / "train.bin").exists() or contents(out) == contents(tmp_path / "whole")
-    assert prepare(script, tmp_path / "a.jsonl", out, "--num_proc=1").code == 0
+    assert prepare(script, source, out, "--num_proc=1").code == 0
     assert contents(out) == contents(tmp_path / "whole")
     assert sorted(p.name for p in out.iterdir()) == ["meta.json", *BINS]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE")
+def test_a_full_disk_in_the_middle_loses_nothing(script, tmp_path):
+    """At a limit on file sizes, which shows as a full disk does, in parts and in assembly."""
+    import resource
+
+    source, out = write_source(tmp_path, ".jsonl.gz", MANY[:1000]), tmp_path / "out"
+    assert prepare(script, source, tmp_path / "whole", "--num_proc=1").code == 0
+    size = (tmp_path / "whole" / "train.bin").stat().st_size
+
+    def limited(limit):
+        flags = [f"--source={source}", f"--dataset={out}"]
+        return subprocess.run(
+            [sys.executable, ROOT / "data" / "prepare.py", *flags],
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+
+    for limit in (size // 4, size * 9 // 10):
+        full = limited(limit)
+        assert full.returncode == 1 and len(full.stderr.strip().splitlines()) == 1
+        assert "make room" in full.stderr and not (out / "train.bin").exists()
+    assert limited(2 * size).returncode == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_progress_says_how_far_it_is_and_what_is_slow(capsys, monkeypatch):
+    import parts
+
+    monkeypatch.setattr(parts, "QUIET_S", -1)
+    counters = [0, 0, 0]
+    show = parts.Progress(100, counters)
+    counters[:] = [1, 80, 20]
+    show.finished(parts.Part(("a.jsonl.gz",), 0, 40))
+    counters[:] = [2, 160, 40]  # half of the second part's text, by the first's measure
+    show([1])
+    show([1])
+    lines = capsys.readouterr().err.splitlines()
+    assert "40.0%, 1 documents" in lines[0] and "80.0%, 2 documents" in lines[1]
+    assert "no new tokens" in lines[2] and "at parts 1" in lines[2]
 
 
 def test_shares_and_merge_give_the_same_bytes(script, tmp_path):

@@ -263,10 +263,6 @@ def make_shares(script, source, out, *flags, shares=3):
             "data/prepare.py", f"--source={source}", f"--dataset={out}", f"--shards={i}/3", *flags
         )
         assert result.code == 0, result.err
-    if not (out / "meta.json").exists():
-        meta = {"tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16", "splits": {}}
-        meta |= {"parts": 4, "val_fraction": float(flags[0].partition("=")[2]), "split_seed": 2357}
-        (out / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def stream(data):

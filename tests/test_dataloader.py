@@ -1,11 +1,12 @@
 """Data order: what nanoGPT and EasyGPT get wrong on resume and on a change of batch size."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dataloader import (
@@ -46,6 +47,25 @@ def test_permute_looks_random():
     assert (a == b).mean() < 0.02
     assert abs(np.corrcoef(np.arange(1000), a)[0, 1]) < 0.15
     assert (np.abs(np.diff(a)) == 1).mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("order", "step", "first", "starts"),
+    [
+        ((9_035_582_198, 1024, 491520, 1337), 0, 0, [4799931522, 2532148354, 4699151490]),
+        ((9_035_582_198, 1024, 491520, 1337), 14999, 1, [4906912898, 944353410]),
+        ((1_000_003, 256, 2048, 0), 7, 2, [389487, 108143, 905071]),
+        ((5000, 16, 512, 2357), 0, 0, [3483, 2363, 2331, 4523]),
+        ((5000, 16, 512, 2357), 14999, 1, [3452, 4844]),
+    ],
+)
+def test_the_order_of_windows_never_changes(order, step, first, starts):
+    """A run that another version began goes on with the same data: numbers of the first version."""
+    order = TrainOrder(*order)
+    assert order.starts(step, first, len(starts)).tolist() == starts
+    loader = TrainLoader(None, order, 0, 1, CPU)  # which works the steps out in blocks
+    assert loader.starts(step + 1, 0, 2).tolist() == order.starts(step + 1, 0, 2).tolist()
+    assert loader.starts(step, first, len(starts)).tolist() == starts
 
 
 @given(
@@ -119,18 +139,168 @@ def test_uint32_by_meta(tmp_path):
     ]
 
 
-def test_shards_read_as_one_stream(tmp_path):
-    """Also llm.c's shards, which carry a header."""
-    tokens = np.arange(300, dtype=np.uint16)
-    header = np.zeros(256, dtype=np.int32)
-    for i, (a, b) in enumerate([(0, 100), (100, 103), (103, 300)]):
-        header[:3] = 20240520, 1, b - a
-        with open(tmp_path / f"fineweb_train_{i:06d}.bin", "wb") as f:
-            f.write(header.tobytes() + tokens[a:b].tobytes())
-    data = TokenData(tmp_path, "train", 10, 50257)
+@given(
+    cuts=st.lists(st.integers(0, 300), max_size=12),
+    starts=st.lists(st.integers(0, 289), min_size=1, max_size=9),
+)
+@example(cuts=list(range(20, 300, 20)), starts=[0, 150, 289])
+def test_shards_read_as_one_stream(tmp_path_factory, cuts, starts):
+    """Windows may lie in many shards; 10 comes after 9, as nobody pads by hand."""
+    folder, edges = tmp_path_factory.mktemp("shards"), [0, *sorted({*cuts} - {0, 300}), 300]
+    for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+        make(folder, np.arange(a, b), f"train_{i}")
+    data = TokenData(folder, "train", 10, 50257)
     assert data.tokens == 300
-    for start in (0, 95, 99, 100, 101, 289):
-        assert data.windows(np.array([start]))[0].tolist() == list(range(start, start + 11))
+    expected = [list(range(start, start + 11)) for start in starts]
+    assert data.windows(np.array(starts)).tolist() == expected
+
+
+def llmc(path, tokens, magic=20240520, version=1, dtype="<u2"):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype=dtype).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids"), [((20240520, 1, "<u2"), [7, 50256]), ((20240801, 7, "<u4"), [7, 128000])]
+)
+def test_llmc_shards(tmp_path, kind, ids):
+    """GPT-2's are uint16 and Llama 3's uint32; the header says so, with or without meta.json."""
+    for i in range(3):
+        llmc(tmp_path / f"fineweb_train_{i:06d}.bin", [*ids, i], *kind)
+    found = TokenData(tmp_path, "train", 8, 128256).windows(np.array([0]))
+    assert found.tolist() == [[*ids, 0, *ids, 1, *ids, 2]]
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
+    llmc(tmp_path / "train.bin", [5, 128000] * 200, 20240801, 7, "<u4")
+    for size in (50304, 128000):
+        with pytest.raises(ValueError, match=rf"token id 128000, .*vocab_size is {size};"):
+            TokenData(tmp_path, "train", 8, size)
+    assert TokenData(tmp_path, "train", 8, 128001).tokens == 400
+
+
+def datatrove(folder, tokens, name="00000_00000_doc_shuffled.ds", size=2, tokenizer="gpt2"):
+    """What datatrove 0.10.1 leaves of one output file (test_datatrove runs the package itself)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.asarray(tokens, dtype=f"<u{size}").tofile(folder / name)
+    np.array([len(tokens)], dtype="<u8").tofile(folder / f"{name}.index")
+    note = f"{tokenizer}|{size}\n{len(tokens)}\n{len(tokens) / 1000:.1f} kT"
+    (folder / f"{name}.metadata").write_text(note, encoding="utf-8")
+
+
+def executor(logs, tasks, finished):
+    """The executor's logging_dir: its settings, and a marker for each finished task."""
+    (logs / "completions").mkdir(parents=True)
+    text = json.dumps({"tasks": tasks, "world_size": tasks})
+    (logs / "executor.json").write_text(text, encoding="utf-8")
+    for rank in finished:
+        (logs / "completions" / f"{rank:05d}").touch()
+
+
+@pytest.mark.parametrize(("size", "top"), [(2, 50256), (4, 128000)])
+def test_datatroves_files_are_read_as_they_are(tmp_path, size, top):
+    """Also when more tasks than input files have left empty ones."""
+    datatrove(tmp_path / "train", range(100), size=size)
+    datatrove(tmp_path / "train", [], "00001_unshuffled.ds", size)
+    datatrove(tmp_path / "train", [top, *range(101, 120)], "00002_00000_doc_shuffled.ds", size)
+    datatrove(tmp_path / "val", range(30), size=size)
+    if size == 2:  # as versions before uint32 wrote it
+        note = tmp_path / "val" / "00000_00000_doc_shuffled.ds.metadata"
+        note.write_text("gpt2\n30\n30 T", encoding="utf-8")
+    executor(tmp_path / "train" / "logs", 3, range(3))
+    train = TokenData(tmp_path, "train", 9, 2**17)
+    assert train.tokens == 120
+    assert train.windows(np.array([95]))[0].tolist() == [*range(95, 100), top, *range(101, 105)]
+    assert TokenData(tmp_path, "val", 9, 2**17).tokens == 30
+
+
+def test_datatroves_unfinished_tasks_are_refused(tmp_path):
+    """A task that was killed has left a file, with no marker and mostly with no .metadata."""
+    train = tmp_path / "train"
+    datatrove(train, range(100))
+    datatrove(train, range(50), "00001_unshuffled.ds")
+    executor(train / "logs", 4, [0, 3])
+    with pytest.raises(ValueError, match=r"2 of 4 datatrove tasks .*first is 1;.*run its script"):
+        TokenData(tmp_path, "train", 9, 50304)
+    for rank in (1, 2):
+        (train / "logs" / "completions" / f"{rank:05d}").touch()
+    assert TokenData(tmp_path, "train", 9, 50304).tokens == 150
+    (train / "00001_unshuffled.ds").write_bytes(bytes(98))
+    with pytest.raises(ValueError, match="98 bytes, not 50 tokens of 2 bytes"):
+        TokenData(tmp_path, "train", 9, 50304)
+    (train / "00001_unshuffled.ds.metadata").unlink()
+    with pytest.raises(ValueError, match=r"\.metadata is missing or damaged"):
+        TokenData(tmp_path, "train", 9, 50304)
+
+
+def test_another_tokenizer_of_datatrove_needs_a_meta_json(tmp_path):
+    datatrove(tmp_path / "train", range(100), tokenizer="HuggingFaceTB/SmolLM2-135M")
+    with pytest.raises(ValueError, match=r"SmolLM2-135M, not gpt2: .*meta\.json is needed"):
+        TokenData(tmp_path, "train", 9, 50304)
+    meta = {"tokenizer": "tokenizer.json", "vocab_size": 49152, "dtype": "uint16", "splits": {}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    assert TokenData(tmp_path, "train", 9, 49152).tokens == 100
+
+
+TEXTS = [f"Document {i}: " + "word " * (i % 7) for i in range(150)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Four files, one of a single document and one of none."""
+    folder = tmp_path_factory.mktemp("source")
+    for i, texts in enumerate((TEXTS[:60], TEXTS[60:61], [], TEXTS[61:])):
+        lines = [json.dumps({"text": t}) + "\n" for t in texts]
+        (folder / f"{i}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def make_shares(script, source, out, *flags, shares=3):
+    """What --shares=I/N of data/prepare.py leave, on one machine, with nothing merged."""
+    for i in range(shares):
+        result = script(
+            "data/prepare.py", f"--source={source}", f"--dataset={out}", f"--shards={i}/3", *flags
+        )
+        assert result.code == 0, result.err
+
+
+def stream(data):
+    return data.windows(np.array([0]), data.tokens)[0]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.4])
+def test_unmerged_shares_read_as_their_merged_result(script, tmp_path, source, fraction):
+    """The same documents for validation, in the same order; the same text for training."""
+    flags = [f"--val_fraction={fraction}", "--tokenizer=bytes", "--num_proc=1"]
+    make_shares(script, source, tmp_path / "open", *flags)
+    merged = tmp_path / "merged"
+    assert script("data/prepare.py", f"--source={source}", f"--dataset={merged}", *flags).code == 0
+    for split in ("train", "val"):
+        data, one = (TokenData(tmp_path / name, split, 9, 320) for name in ("open", "merged"))
+        assert stream(data).tobytes() == (merged / f"{split}.bin").read_bytes()
+        assert data.nbytes == one.nbytes is not None
+        starts = np.arange(one.tokens - 9)
+        assert (data.windows(starts) == one.windows(starts)).all()
+        with pytest.raises(ValueError, match="token id 256") as error:
+            TokenData(tmp_path / "open", split, 9, 256)
+        path, place = re.match(r"(\S+) at token ([\d,]+) holds", str(error.value)).groups()
+        assert np.fromfile(path, dtype="<u2")[int(place.replace(",", ""))] == 256
+
+
+def test_missing_and_damaged_shares_are_named(script, tmp_path, source):
+    flags = ["--val_fraction=0.0", "--tokenizer=bytes", "--num_proc=1"]
+    make_shares(script, source, tmp_path, *flags, shares=2)
+    with pytest.raises(FileNotFoundError, match=r"1 of 4 parts are missing .*00002.*--shards=I/N"):
+        TokenData(tmp_path, "train", 9, 320)
+    make_shares(script, source, tmp_path, *flags)
+    part = tmp_path / "parts" / "00003.bin"
+    part.write_bytes(part.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"00003\.bin is damaged"):
+        TokenData(tmp_path, "train", 9, 320)
+    (tmp_path / "parts" / "00001.json").write_bytes(b"{")
+    with pytest.raises(ValueError, match=r"00001\.bin is damaged .*--shards=I/N again"):
+        TokenData(tmp_path, "train", 9, 320)
 
 
 def test_evaluation_windows_are_fixed_disjoint_and_of_one_shape(tmp_path):
@@ -166,6 +336,12 @@ def test_ranks_share_the_evaluation(tmp_path):
         (b"\1\0" * 16, ["16 tokens", "16 + 1"]),
         (b"\1\0" * 40 + b"\xff\xff" + b"\1\0" * 40, ["65535", "vocab_size is 1000"]),
         (np.array([20240520, 1, 99], dtype="<i4").tobytes() + b"\0" * 1100, ["llm.c", "99"]),
+        (np.array([20240520, 2, 38], dtype="<i4").tobytes() + b"\0" * 1088, ["version 2"]),
+        (np.array([20240522, 1, 99], dtype="<i4").tobytes() + b"\0" * 1100, ["evaluation file"]),
+        (np.arange(999, dtype="<u4").tobytes(), ["uint32", "meta.json", '"dtype": "uint32"']),
+        ((np.arange(999, dtype="<u4") + 65000).tobytes(), ["uint32"]),
+        (b"\0\0" * 1000, ["zeros", "unfinished"]),
+        (b"\1\1" * 100_000 + b"\0\0" * 5_500, ["the last 5,275 of 105,500", "unfinished"]),
     ],
 )
 def test_bad_token_files(tmp_path, content, words):
@@ -176,8 +352,52 @@ def test_bad_token_files(tmp_path, content, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("top", [2, 64, 256, 50257])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_good_file_is_taken_for_a_bad_one(tmp_path, top, seed):
+    """Skewed as text is, from two symbols (nanoGPT's char datasets have 65) to GPT-2's."""
+    rng = np.random.default_rng(seed)
+    tokens = (top * rng.random(30_000) ** 3).astype(np.uint16)
+    make(tmp_path, np.concatenate([tokens, np.zeros(200), [1]]))
+    assert TokenData(tmp_path, "train", 16, 50304).tokens == 30_201
+    gap = np.zeros(17_000)  # a long run of zeros, but not up to the end
+    make(tmp_path, np.concatenate([np.tile(tokens, 17), gap, tokens[:10_000]]))
+    assert TokenData(tmp_path, "train", 16, 50304).tokens == 537_000
+
+
+def test_an_id_that_no_sample_meets_is_caught_when_it_is_read(tmp_path):
+    """On a GPU the embedding would end the run with an assertion that names nothing."""
+    tokens = np.ones(10_000_000, dtype=np.uint16)
+    tokens[3_450_000] = 60000
+    for i, shard in enumerate(np.split(tokens, 10)):
+        make(tmp_path, shard, f"train_{i}")
+    data = TokenData(tmp_path, "train", 16, 50304)
+    words = r"train_3\.bin at token 450,000 holds token id 60000, .*vocab_size is 50304"
+    with pytest.raises(ValueError, match=words):
+        data.windows(np.array([5, 3_449_990]))
+
+
+def test_batches_for_a_gpu_are_pinned(tmp_path, monkeypatch):
+    """Without it a copy waits for the GPU; training and evaluation go the same way."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t.shape) or t)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: t if k["non_blocking"] else None)
+    make(tmp_path, np.arange(500))
+    data = TokenData(tmp_path, "train", 16, 500)
+    cuda = torch.device("cuda")
+    TrainLoader(data, TrainOrder(500, 16, 64, 0), 0, 1, cuda).read(0, 0, 4)
+    next(eval_batches(data, 4, 2, cuda))
+    assert pinned == [(4, 17), (2, 17)]
+
+
 def test_missing_data_tells_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"python data/prepare\.py"):
+        TokenData(tmp_path, "train", 16, 1000)
+
+
+def test_missing_data_beside_parts_tells_to_merge(tmp_path):
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(FileNotFoundError, match="--merge=True"):
         TokenData(tmp_path, "train", 16, 1000)
 
 

@@ -102,7 +102,7 @@ def test_the_file_tree_is_complete(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     listed = re.findall(r"^    ([\w./]+(?:\.py|/)) ", text, flags=re.M)
     here = {p.name for p in ROOT.glob("*.py")} | {f"data/{p.name}" for p in ROOT.glob("data/*.py")}
-    assert sorted(listed) == sorted(here | {"config/", "assets/", "tests/"})
+    assert sorted(listed) == sorted(here | {"config/", "assets/", "docs/", "tests/"})
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -71,7 +71,7 @@ overwrite = False  # throw away what is in the folder, complete or not
 verify = False  # only check the folder: counts, hashes, range of the ids; show some text
 
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # a full disk, a quota
-SYNC_SHARE = 0.04  # of train.bin may be on the disk twice while it grows
+SYNC_SHARE = 0.02  # of train.bin may be on the disk twice while it grows
 TRAIN_ON = 2**27  # characters that --tokenizer=train:N learns from, from the start of the source
 LLMC_MAGIC, HEADER = 20240520, 512  # of llm.c's shards; the header in uint16
 # Tokens per byte of text, at least: for the free-disk check

@@ -54,6 +54,10 @@ max_position_embeddings = 1024  # context, tokens
 rope_theta = 10000.0
 rms_norm_eps = 1e-6
 dropout = 0.0  # 0 for pretraining, 0.1 and more for small data seen many times
+tie_word_embeddings = True  # the head's weight is the embedding's
+qk_norm = False  # RMSNorm on queries and keys, as Qwen3
+attention_bias = False
+mlp_bias = False
 # optimizer: AdamW
 max_iters = 15000  # updates
 learning_rate = 3.2e-4  # peak

@@ -4,6 +4,7 @@ A folder comes from a stranger: none of its code runs, no name in it leads out o
 compared with the tensors that are really there before any memory is taken.
 """
 
+import functools
 import json
 import os
 import re
@@ -26,6 +27,8 @@ FAMILIES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # by mode
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 MAX_CONTEXT = 2**20  # tokens; the tables of positions are that long
 MAX_JSON = 2**27  # bytes; the largest tokenizer.json that people use has 35 MB
+SHORT = reprlib.Repr()  # for values in messages
+SHORT.maxstring = 80
 FILES = ("config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json")
 
 
@@ -89,7 +92,7 @@ def model_config(raw: dict[str, Any], where: str) -> GPTConfig:
     names = raw.get("architectures") or [wanted]
     problems = unsupported(raw)
     if wanted is None or names != [wanted]:
-        kind = f"{reprlib.repr(raw.get('architectures'))} of model_type {reprlib.repr(family)}"
+        kind = f"{SHORT.repr(raw.get('architectures'))} of model_type {SHORT.repr(family)}"
         problems.insert(0, f"architecture {kind}, not {' or '.join(FAMILIES.values())}")
 
     def number(name: str, default: float | None = None, source: Any = raw) -> Any:
@@ -97,14 +100,14 @@ def model_config(raw: dict[str, Any], where: str) -> GPTConfig:
         value = default if value is None else value
         kinds = (int, float) if name in ("rms_norm_eps", "rope_theta") else int
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**40:
-            problems.append(f"{name} {reprlib.repr(value)}")
+            problems.append(f"{name} {SHORT.repr(value)}")
             return 1
         return value
 
     def flag(name: str) -> bool:
         value = raw.get(name) or False
         if not isinstance(value, bool):
-            problems.append(f"{name} {reprlib.repr(value)}")
+            problems.append(f"{name} {SHORT.repr(value)}")
         return bool(value)
 
     rope = raw.get("rope_parameters")
@@ -140,15 +143,15 @@ def unsupported(raw: dict[str, Any]) -> list[str]:
     """What a config.json asks for beyond a Llama's sizes, in words."""
     problems = []
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        problems.append(f"activation {reprlib.repr(raw['hidden_act'])}")
+        problems.append(f"activation {SHORT.repr(raw['hidden_act'])}")
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name) or {}
         if not isinstance(rope, dict):
-            problems.append(f"{name} {reprlib.repr(rope)}")
+            problems.append(f"{name} {SHORT.repr(rope)}")
             continue
         kind = rope.get("rope_type") or rope.get("type")
         if kind not in (None, "default"):
-            problems.append(f"rope scaling {reprlib.repr(kind)}")
+            problems.append(f"rope scaling {SHORT.repr(kind)}")
         elif any(isinstance(v, dict) for v in rope.values()):
             problems.append(f"{name} by kind of layer")
         elif rope.get("partial_rotary_factor", 1) != 1:
@@ -257,7 +260,7 @@ def weight_files(folder: Path) -> list[Path]:
     names = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
     bad = [n for n in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", n)]
     if bad or not names:
-        raise ValueError(f"{index} names {reprlib.repr(bad[0]) if bad else 'no files'}: not read")
+        raise ValueError(f"{index} names {SHORT.repr(bad[0]) if bad else 'no files'}: not read")
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} lacks {name}, which its index names")
@@ -354,9 +357,13 @@ def byte_level_bpe(spec: dict[str, Any]) -> ByteLevelBPE | None:
 
 def tokenizer_json(tok: Tokenizer) -> str:
     """A tokenizer.json that gives a tokenizer's ids: its own, or one made for GPT-2 and bytes."""
-    if tok.json_text is not None:
-        return tok.json_text
-    ranks = gpt2_ranks() if tok.name == "gpt2" else {bytes([i]): i for i in range(256)}
+    return made_json(tok.name, tok.eot) if tok.json_text is None else tok.json_text
+
+
+@functools.cache
+def made_json(name: str, end: int) -> str:
+    """A tokenizer.json for "gpt2" or "bytes", whose end-of-text has the id `end`."""
+    ranks = gpt2_ranks() if name == "gpt2" else {bytes([i]): i for i in range(256)}
     eot = "<|endoftext|>"
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     level["use_regex"] = True  # GPT-2's pieces; for bytes they change nothing
@@ -365,7 +372,7 @@ def tokenizer_json(tok: Tokenizer) -> str:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": tok.eot, "content": eot, **flags, "special": True}],
+        "added_tokens": [{"id": end, "content": eot, **flags, "special": True}],
         "normalizer": None,
         "pre_tokenizer": level,
         "post_processor": None,
@@ -379,7 +386,7 @@ def tokenizer_json(tok: Tokenizer) -> str:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {**{visible(k): v for k, v in ranks.items()}, eot: tok.eot},
+            "vocab": {**{visible(k): v for k, v in ranks.items()}, eot: end},
             "merges": [[visible(part) for part in pair] for pair in merges_of(ranks)],
         },
     }

@@ -5,6 +5,7 @@ gguf     one file for llama.cpp, Ollama and LM Studio
 easygpt  a .pt under the key names of EasyGPT's published files
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -141,7 +142,8 @@ def model_card(
 
     run is the folder of the training run, whose metrics.jsonl and loss.png are used if present.
     """
-    splits, settings = state.get("data") or {}, state.get("config") or {}
+    settings = state["config"] if isinstance(state.get("config"), dict) else {}
+    splits = state["data"] if isinstance(state.get("data"), dict) else {}
     lines = ["---", f"license: {json.dumps(license)}", "library_name: transformers"]
     lines += ["pipeline_tag: text-generation", "tags: [easygpt]", "---", "", f"# {name}", ""]
     lines += [
@@ -193,8 +195,11 @@ def table(title: str, rows: dict[str, Any]) -> list[str]:
 def read_losses(run: Path) -> list[dict[str, Any]]:
     """The records with a validation loss in a run's metrics.jsonl."""
     file = run / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [r for r in map(json.loads, lines) if "val_loss" in r]
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):  # cut short by a crash
+            records.append(json.loads(line))
+    return [r for r in records if "val_loss" in r]
 
 
 def upload(target: Path, names: list[str]) -> str:

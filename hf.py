@@ -422,8 +422,10 @@ def tokenizer_config(tok: Tokenizer, spec: dict[str, Any], context: int) -> dict
 
     Without split_special_tokens transformers would take "<|endoftext|>" in a text for the token.
     """
-    added = {t["id"]: t["content"] for t in spec.get("added_tokens") or []}
-    eot = added.get(tok.eot) or next(k for k, v in spec["model"]["vocab"].items() if v == tok.eot)
+    vocab = spec["model"]["vocab"]  # text -> id, or Unigram's list of [text, score]
+    texts = dict(enumerate(t for t, _ in vocab)) if isinstance(vocab, list) else {}
+    texts |= {i: text for text, i in vocab.items()} if isinstance(vocab, dict) else {}
+    eot = {**texts, **{t["id"]: t["content"] for t in spec.get("added_tokens") or []}}[tok.eot]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": eot,

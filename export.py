@@ -53,7 +53,8 @@ def published(model: GPT, tok: Tokenizer) -> tuple[dict[str, Tensor], GPTConfig]
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     for key in weights.keys() & {"embed_tokens.weight", "lm_head.weight"}:
-        weights[key] = weights[key][: tok.vocab_size]
+        # a copy: torch.save writes all that a view looks into
+        weights[key] = weights[key][: tok.vocab_size].clone()
     return weights, replace(model.config, vocab_size=tok.vocab_size)
 
 

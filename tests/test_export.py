@@ -136,7 +136,8 @@ def test_padded_rows_are_gone_everywhere(export, tmp_path):
     assert ours.config.vocab_size == 320
     config = json.loads((export() / "config.json").read_text(encoding="utf-8"))
     assert config["vocab_size"] == theirs(tmp_path / "out" / "hf").lm_head.weight.shape[0] == 257
-    assert checkpoint.load(export("easygpt"))["model"]["embed_tokens.weight"].shape[0] == 257
+    table = checkpoint.load(export("easygpt"))["model"]["embed_tokens.weight"]
+    assert table.shape[0] == 257 and table.untyped_storage().nbytes() == 257 * 32 * 4
     assert gguf_file(export("gguf"))[1]["token_embd.weight"].shape[0] == 257
 
 
@@ -770,7 +771,7 @@ def test_llama_cpp_writes_the_same_text(export, tmp_path, seed, own_bpe):
         llama.eval(prompt)
         theirs = torch.tensor(llama.scores[: len(prompt)])
         x = torch.tensor([prompt])
-        assert_close(theirs, ours(x, x)[0][0, :, : tok.vocab_size], 1e-3)
+        assert_close(theirs, ours(x, x)[0][0, :, : tok.vocab_size])
         llama.reset()
         text = []
         for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):

@@ -238,8 +238,11 @@ def load_newest(out_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
     raise ValueError("no good checkpoint: " + "; ".join(problems))
 
 
-def clean_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our key names for a state dict saved by EasyGPT, through torch.compile, DDP or both."""
+def clean_state_dict(state_dict: dict[str, Tensor], tied: bool = True) -> dict[str, Tensor]:
+    """Our key names for a state dict saved by EasyGPT, through torch.compile, DDP or both.
+
+    tied: whether the model's head is its embedding. Raises ValueError when the two then differ.
+    """
     clean = {}
     for key, value in state_dict.items():
         while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
@@ -248,11 +251,10 @@ def clean_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             key = key.replace(old, new)
         if not key.endswith("rotary_emb.inv_freq"):
             clean[key] = value
-    head, table = clean.get("lm_head.weight"), clean.get("embed_tokens.weight")
-    if head is not None and table is not None and not torch.equal(head, table):
-        raise ValueError("its lm_head and embed_tokens differ, but here they are one tensor")
-    if "embed_tokens.weight" in clean:
-        clean.setdefault("lm_head.weight", clean["embed_tokens.weight"])
+    if tied and "embed_tokens.weight" in clean:
+        table = clean["embed_tokens.weight"]
+        if not torch.equal(clean.setdefault("lm_head.weight", table), table):
+            raise ValueError("its lm_head and embed_tokens differ (tie_word_embeddings=False?)")
     return clean
 
 
@@ -265,8 +267,8 @@ def model_config(state: dict[str, Any], path: Path) -> GPTConfig:
     args = {RENAMED_ARGS.get(k, k): v for k, v in given.items()}
     if not args:
         raise ValueError(f"{path} has no 'model_args': it does not tell the model's sizes")
-    if args.pop("bias", False):
-        raise ValueError(f"{path}: bias=True, but this model has no biases")
+    if args.pop("bias", False):  # EasyGPT's name for both
+        args |= {"attention_bias": True, "mlp_bias": True}
     fields = {f.name: f for f in dataclasses.fields(GPTConfig)}
     needed = {"vocab_size", "hidden_size", "num_hidden_layers"}
     problems = {"it lacks": sorted(needed - set(args)), "it has": sorted(set(args) - set(fields))}
@@ -291,7 +293,7 @@ def load_weights(model: GPT, state: dict[str, Any], path: Path) -> None:
     Raises ValueError listing every key that is missing, left over or of another shape.
     """
     try:
-        given = clean_state_dict(state["model"])
+        given = clean_state_dict(state["model"], model.config.tie_word_embeddings)
     except ValueError as e:
         raise ValueError(f"{path} does not fit the model: {e}") from e
     wanted = model.state_dict()

@@ -39,6 +39,10 @@ class GPTConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     dropout: float = 0.0
+    tie_word_embeddings: bool = True  # the head's weight is the embedding's
+    qk_norm: bool = False  # RMSNorm on each query and key head: Qwen3 (arXiv 2505.09388)
+    attention_bias: bool = False  # of the q, k, v and o projections
+    mlp_bias: bool = False  # of the MLP's three projections
 
     def __post_init__(self) -> None:
         problems = []
@@ -78,7 +82,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -130,10 +134,14 @@ class Attention(nn.Module):
         self.grouped = config.num_key_value_heads != config.num_attention_heads
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=bias)
+        norm: type[nn.Module] = RMSNorm if config.qk_norm else nn.Identity  # takes any arguments
+        self.q_norm = norm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
@@ -154,6 +162,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, hd)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nkv, T, hd)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nkv, T, hd)
+        q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
@@ -181,9 +190,10 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        bias = config.mlp_bias
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
@@ -219,7 +229,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embedding, layers, final norm and a head whose weight is the embedding's."""
+    """Embedding, layers, final norm and head, whose weight is the embedding's unless untied."""
 
     cos: Tensor
     sin: Tensor
@@ -231,7 +241,8 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head.weight = self.embed_tokens.weight
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
         cos, sin = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -243,6 +254,8 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=residual_std)
             elif p.dim() >= 2:
                 nn.init.normal_(p, std=INIT_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits, and the loss when there are targets.
@@ -498,7 +511,7 @@ def next_token(
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Parameters of the model, the tied embedding and head counted once."""
+    """Parameters of the model; a tied embedding and head count once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -518,7 +531,7 @@ def flops_per_token(model: GPT) -> int:
 def configure_optimizer(
     model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW, fused; weight decay on tensors of two or more dimensions, so not on the norms."""
+    """AdamW, fused; weight decay on tensors of 2 or more dimensions: no norms or biases."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},

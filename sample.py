@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import hf
 import runtime
 from configurator import configure
 from model import GPT, check_sampling
@@ -18,7 +19,7 @@ from tokenizer import StreamDecoder, Tokenizer, get_tokenizer
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is used
-init_from = "resume"  # resume, or PATH of a .pt file
+init_from = "resume"  # resume, PATH of a .pt file, or hf:FOLDER or hf:USER/NAME
 start = ""  # the prompt; FILE:path reads it from a file; empty = a new document
 num_samples = 3  # texts made
 max_new_tokens = 300  # tokens in each
@@ -104,6 +105,8 @@ def main() -> None:
         path, state, problems = checkpoint.load_newest(Path(out_dir))
         for problem in problems:
             print(f"passed over: {problem}", file=sys.stderr)
+    elif init_from.startswith(hf.PREFIX):
+        path, state = hf.load(init_from)
     else:
         path = Path(init_from)
         state = checkpoint.load(path)

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import hf
 import runtime
 from configurator import configure, settings_of
 from dataloader import TokenData, TrainLoader, TrainOrder, eval_batches, key_of, read_meta
@@ -35,7 +36,9 @@ from tokenizer import Tokenizer, get_tokenizer
 
 # the run
 out_dir = "out"  # where checkpoints and logs go
-init_from = "scratch"  # scratch, resume (newest good checkpoint of out_dir), or PATH of a .pt file
+init_from = (
+    "scratch"  # scratch, resume (newest good one of out_dir), PATH.pt, hf:FOLDER, hf:USER/NAME
+)
 overwrite = False  # let a run from scratch replace the run that out_dir holds
 seed = 1337  # of initial weights, data order and dropout
 # data
@@ -54,6 +57,10 @@ max_position_embeddings = 1024  # context, tokens
 rope_theta = 10000.0
 rms_norm_eps = 1e-6
 dropout = 0.0  # 0 for pretraining, 0.1 and more for small data seen many times
+tie_word_embeddings = True  # the head's weight is the embedding's
+qk_norm = False  # RMSNorm on queries and keys, as Qwen3
+attention_bias = False
+mlp_bias = False
 # optimizer: AdamW
 max_iters = 15000  # updates
 learning_rate = 3.2e-4  # peak
@@ -409,7 +416,10 @@ def main() -> None:
         model = GPT(size)
     else:
         path = Path(init_from)
-        start = checkpoint.load(path)
+        if init_from.startswith(hf.PREFIX):
+            path, start = hf.load(init_from)
+        else:
+            start = checkpoint.load(path)
         check_same_tokenizer(start, tok, path)
         model = start_model(path, start, size)
         size = model.config

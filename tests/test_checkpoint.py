@@ -144,12 +144,38 @@ def test_easygpts_files_load(tmp_path, prefix):
     assert torch.equal(logits(path), logits(tmp_path / "ours.pt"))
 
 
+def test_files_from_before_a_field_existed_load(tmp_path):
+    old = state()
+    for name in ("tie_word_embeddings", "qk_norm", "attention_bias", "mlp_bias"):
+        del old["model_args"][name]
+    checkpoint.save(tmp_path / "old.pt", old)
+    checkpoint.save(tmp_path / "new.pt", state())
+    assert torch.equal(logits(tmp_path / "old.pt"), logits(tmp_path / "new.pt"))
+
+
+def test_a_head_of_its_own_follows_the_config(tmp_path):
+    torch.manual_seed(0)
+    size = dataclasses.replace(SIZE, tie_word_embeddings=False)
+    model = GPT(size).eval()
+    untied = {"model": model.state_dict(), "model_args": dataclasses.asdict(size)}
+    checkpoint.save(tmp_path / "a.pt", untied)
+    assert torch.equal(logits(tmp_path / "a.pt"), model(torch.arange(16)[None])[0])
+    del untied["model_args"]["tie_word_embeddings"]
+    torch.save(untied, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="lm_head and embed_tokens differ"):
+        logits(tmp_path / "b.pt")
+    headless = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    torch.save({"model": headless, "model_args": dataclasses.asdict(size)}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="it lacks lm_head"):
+        logits(tmp_path / "c.pt")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"model_args": {"n_layer": 2, "block_size": 16}}, ["it has block_size, n_layer"]),
         ({"model_args": None}, ["model_args"]),
-        ({"model_args": dict(dataclasses.asdict(SIZE), bias=True)}, ["bias"]),
+        ({"model_args": dict(dataclasses.asdict(SIZE), bias=True)}, ["it lacks", "q_proj.bias"]),
         (
             {"model_args": dict(dataclasses.asdict(SIZE), hidden_size=40)},
             ["(64, 32), not (64, 40)"],

@@ -26,6 +26,9 @@ SIZES = {
     "one kv head": dict(num_attention_heads=6, num_key_value_heads=1, head_dim=10, hidden_size=36),
     "other base": dict(num_attention_heads=2, num_key_value_heads=1, head_dim=32, hidden_size=32)
     | dict(rope_theta=500000.0, rms_norm_eps=1e-5),
+    "untied": dict(tie_word_embeddings=False),
+    "biases": dict(attention_bias=True, mlp_bias=True),
+    "qk norm": dict(qk_norm=True, attention_bias=True, tie_word_embeddings=False),
 }
 
 
@@ -40,19 +43,21 @@ def model(seed=0, **sizes):
     m = GPT(config(**sizes)).eval()
     with torch.no_grad():
         for name, p in m.named_parameters():
-            if "proj" in name:
-                p.mul_(12)
-            elif p.dim() == 1:
+            if p.dim() == 1:
                 p.add_(torch.randn_like(p) * 0.1)
+            elif "proj" in name:
+                p.mul_(12)
     return m
 
 
 def llama(m):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     c = m.config
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
+    family = "Qwen3" if c.qk_norm else "Llama"
+    more = {} if c.qk_norm else {"mlp_bias": c.mlp_bias}
+    theirs = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(
             vocab_size=c.vocab_size,
             hidden_size=c.hidden_size,
             intermediate_size=c.intermediate_size,
@@ -63,7 +68,9 @@ def llama(m):
             max_position_embeddings=c.max_position_embeddings,
             rms_norm_eps=c.rms_norm_eps,
             rope_theta=c.rope_theta,
-            tie_word_embeddings=True,
+            tie_word_embeddings=c.tie_word_embeddings,
+            attention_bias=c.attention_bias,
+            **more,
             pad_token_id=None,
             bos_token_id=None,
             eos_token_id=None,
@@ -110,14 +117,21 @@ def test_reference_model():
     with torch.device("meta"):
         m = GPT(GPTConfig())
     assert num_parameters(m) == 303_219_712
+    with torch.device("meta"):
+        untied = GPT(GPTConfig(tie_word_embeddings=False))
+    assert num_parameters(untied) == 303_219_712 + 50304 * 1024
+    assert flops_per_token(untied) == flops_per_token(m)
     linear = 303_219_712 - 49 * 1024  # all but the norms; the embedding counts once, as the head
     assert flops_per_token(m) == 6 * linear + 12 * 24 * 16 * 64 * 1024
 
 
 def test_initial_weights():
-    m = GPT(config(hidden_size=256, intermediate_size=512, num_hidden_layers=8))
+    options = dict(SIZES["biases"], qk_norm=True, tie_word_embeddings=False)
+    m = GPT(config(hidden_size=256, intermediate_size=512, num_hidden_layers=8, **options))
     for name, p in m.named_parameters():
-        if p.dim() < 2:
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif p.dim() < 2:
             assert (p == 1).all(), name
         else:
             deep = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -216,6 +230,13 @@ def test_greedy_with_the_cache_equals_without(name, length):
     assert cached.shape == (2, length + 60) and torch.equal(cached[:, :length], x)
     assert torch.equal(cached, m.generate(x, 60, **greedy, use_cache=False))
     assert len(set(cached[0].tolist())) > 5, "a text that repeats one token would prove nothing"
+
+
+def test_the_cache_takes_what_autocast_computes():
+    """A norm's float32 weight must not turn bfloat16 queries and keys into float32."""
+    m = model(**SIZES["qk norm"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m.generate(tokens(m, 1, 3), 3, temperature=0).shape == (1, 6)
 
 
 def test_cached_greedy_equals_argmax_of_forward():

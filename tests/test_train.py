@@ -65,7 +65,10 @@ def test_losses_do_not_depend_on_the_micro_batch_or_on_evaluation(script, tiny, 
         assert records(tmp_path) == pytest.approx(first, rel=1e-5), change
 
 
-@pytest.mark.parametrize("more", [[], ["--dropout=0.1"], ["--dtype=bfloat16"]])
+OPTIONS = ["--tie_word_embeddings=False", "--qk_norm=True", "--attention_bias=True"]
+
+
+@pytest.mark.parametrize("more", [[], ["--dropout=0.1"], ["--dtype=bfloat16", *OPTIONS]])
 def test_resume_goes_on_to_the_bit(script, tiny, tmp_path, more):
     """nanoGPT reseeds and replays the data of step 0."""
     assert script("train.py", *tiny, *more).code == 0

@@ -1,0 +1,273 @@
+"""Hand a trained model to other tools: python export.py --out_dir=out --to=hf
+
+hf       a folder for transformers, vLLM and what else reads the Hub's models
+gguf     one file for llama.cpp, Ollama and LM Studio
+easygpt  a .pt under the key names of EasyGPT's published files
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import gguf_writer
+import hf
+import runtime
+from configurator import configure
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer, get_tokenizer
+
+# what
+out_dir = "out"  # folder of a training run; its newest good checkpoint is exported
+init_from = "resume"  # resume, PATH of a .pt file, or hf:FOLDER or hf:USER/NAME
+# as what
+to = "hf"  # hf, gguf, easygpt
+dtype = "float32"  # float32, bfloat16, float16; for gguf also q8_0
+output = ""  # folder or file to write; empty = hf, model-<dtype>.gguf or easygpt.pt in out_dir
+license = "unknown"  # of the weights, as the Hub calls it: mit, apache-2.0, cc-by-4.0, ...
+push = ""  # USER/NAME on the Hub to upload to; a new repository there is private
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The run's settings that a model card shows; paths and names on this machine are not among them.
+CARD_SETTINGS = (
+    *("tokens_per_step", "max_iters", "learning_rate", "min_lr", "warmup_iters", "weight_decay"),
+    *("beta1", "beta2", "grad_clip", "dropout", "seed"),
+)
+
+
+def published(model: GPT, tok: Tokenizer) -> tuple[dict[str, Tensor], GPTConfig]:
+    """A model's weights, a tied head left out, with as many rows as the tokenizer has ids.
+
+    The rows beyond only pad the vocabulary to a multiple of 64. Other tools would sample them, and
+    cannot decode what they drew, so they do not get them.
+    """
+    weights = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    for key in weights.keys() & {"embed_tokens.weight", "lm_head.weight"}:
+        # a copy: torch.save writes all that a view looks into
+        weights[key] = weights[key][: tok.vocab_size].clone()
+    return weights, replace(model.config, vocab_size=tok.vocab_size)
+
+
+def to_hf(
+    folder: Path, weights: dict[str, Tensor], config: GPTConfig, tok: Tokenizer, card: str
+) -> list[str]:
+    """Write the folder; the names of its files. A folder that holds other things is refused."""
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if names and not {"config.json", "model.safetensors", "tokenizer.json"} <= set(names):
+        raise ValueError(f"{folder} holds other files; choose another --output, new or empty")
+    settings = hf.config_json(config, DTYPES[dtype], tok.eot)
+    text = hf.tokenizer_json(tok)
+    context = config.max_position_embeddings
+    files = {
+        "config.json": settings,
+        "generation_config.json": {
+            name: tok.eot for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        },
+        "tokenizer_config.json": hf.tokenizer_config(tok, json.loads(text), context),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    hf.write_weights(folder / "model.safetensors", weights, DTYPES[dtype])
+    for name, value in files.items():
+        checkpoint.write_text(folder / name, json.dumps(value, indent=2) + "\n")
+    checkpoint.write_text(folder / "tokenizer.json", text)
+    checkpoint.write_text(folder / "README.md", card)
+    return ["model.safetensors", "tokenizer.json", "README.md", *files]
+
+
+def to_gguf(
+    file: Path, weights: dict[str, Tensor], config: GPTConfig, tok: Tokenizer, name: str
+) -> None:
+    """Write the file. Raises ValueError for a tokenizer that llama.cpp would not recognise."""
+    tokens = hf.byte_level_bpe(json.loads(hf.tokenizer_json(tok)))
+    if tokens is None:
+        raise ValueError(
+            "its tokenizer.json is not a byte-level BPE with GPT-2's pattern, the one that is "
+            "written to GGUF here; export it with --to=hf and run llama.cpp's convert_hf_to_gguf.py"
+        )
+    gguf_writer.write(file, weights, config, tokens, tok.eot, dtype, name, license)
+
+
+def to_easygpt(
+    file: Path, weights: dict[str, Tensor], config: GPTConfig, state: dict[str, Any]
+) -> None:
+    """Write a checkpoint that EasyGPT's own model.py loads, its misspelt key and buffers included.
+
+    Raises ValueError for a model that it cannot represent.
+    """
+    c, problems = config, []
+    if not c.tie_word_embeddings:
+        problems.append("an untied head")
+    if c.qk_norm:
+        problems.append("qk_norm")
+    if c.attention_bias != c.mlp_bias:
+        problems.append("biases in attention or MLP only")
+    if c.num_attention_heads * c.head_dim != c.hidden_size:
+        problems.append("heads that do not add up to hidden_size")
+    if problems:
+        raise ValueError(f"EasyGPT's model does not have {', '.join(problems)}")
+    names = {v: k for k, v in checkpoint.RENAMED_KEYS.items()}
+    model = {}
+    for key, value in weights.items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        model[key] = value.to(DTYPES[dtype])
+    model["lm_head.weight"] = model["embed_tokens.weight"]
+    even = torch.arange(0, c.head_dim, 2, dtype=torch.int64).float()
+    for layer in range(c.num_hidden_layers):
+        key = f"layers.{layer}.self_attn.rotary_emb.inv_freq"
+        model[key] = 1.0 / (c.rope_theta ** (even / c.head_dim))
+    args = asdict(c)
+    for key in ("tie_word_embeddings", "qk_norm", "mlp_bias"):
+        del args[key]
+    args["bias"], args["norm_eps"] = args.pop("attention_bias"), args.pop("rms_norm_eps")
+    kept: dict[str, Any] = {
+        k: state[k] for k in ("iter_num", "best_val_loss", "tokenizer") if k in state
+    }
+    checkpoint.save(file, {"model": model, "model_args": args, **kept})
+
+
+def model_card(
+    name: str, state: dict[str, Any], config: GPTConfig, parameters: int, tok: Tokenizer, run: Path
+) -> str:
+    """README.md of the folder: what the model is, what it was trained on and how, and its curve.
+
+    run is the folder of the training run, whose metrics.jsonl and loss.png are used if present.
+    """
+    settings = state["config"] if isinstance(state.get("config"), dict) else {}
+    splits = state["data"] if isinstance(state.get("data"), dict) else {}
+    lines = ["---", f"license: {json.dumps(license)}", "library_name: transformers"]
+    lines += ["pipeline_tag: text-generation", "tags: [easygpt]", "---", "", f"# {name}", ""]
+    lines += [
+        f"A language model of {parameters:,} parameters. It continues text; it was not taught"
+    ]
+    lines += [
+        "to follow instructions or to be safe. Number type of the weights: " + dtype + ".",
+        "",
+    ]
+    lines += table("model", {k: v for k, v in asdict(config).items() if k != "dropout"})
+    lines += table("tokenizer", {"kind": tok.name, "ids": tok.vocab_size, "end of text": tok.eot})
+    if "dataset" in settings:
+        data = {"dataset": Path(str(settings["dataset"])).name}
+        for split, found in splits.items():
+            data[split] = ", ".join(
+                f"{found[k]:,} {k}" for k in ("tokens", "documents", "bytes") if found.get(k)
+            )
+        lines += table("data", data)
+        lines += table("training", {k: settings[k] for k in CARD_SETTINGS if k in settings})
+    losses = [r for r in read_losses(run) if r["iter"] <= state.get("iter_num", 0)]
+    if losses:
+        every = max(1, len(losses) // 10)
+        shown = [*losses[:-1:every], losses[-1]]
+        lines += ["| updates | tokens | validation loss, nats per token |", "|---|---|---|"]
+        lines += [f"| {r['iter']:,} | {r['tokens']:,} | {r['val_loss']:.4f} |" for r in shown]
+        lines += [
+            "",
+            *(["![Loss of the run](loss.png)", ""] if (run / "loss.png").exists() else []),
+        ]
+    lines += ["```python", "from transformers import pipeline", ""]
+    lines += [f'write = pipeline("text-generation", model="{push or "PATH OF THIS FOLDER"}")']
+    lines += [
+        'print(write("Once upon a time", max_new_tokens=100)[0]["generated_text"])',
+        "```",
+        "",
+    ]
+    lines += [
+        "`<|endoftext|>` and its like in a text are read as text (`split_special_tokens`), as in"
+    ]
+    lines += ["training. Documents were separated by end-of-text, so a new one starts from it.", ""]
+    return "\n".join(lines)
+
+
+def table(title: str, rows: dict[str, Any]) -> list[str]:
+    """Markdown lines of a table of two columns."""
+    return [f"| {title} | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""]
+
+
+def read_losses(run: Path) -> list[dict[str, Any]]:
+    """The records with a validation loss in a run's metrics.jsonl."""
+    file = run / "metrics.jsonl"
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):  # cut short by a crash
+            records.append(json.loads(line))
+    return [r for r in records if "val_loss" in r]
+
+
+def upload(target: Path, names: list[str]) -> str:
+    """Upload a folder's files `names`, or one file, to the repository `push`; its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        url = api.create_repo(push, private=True, exist_ok=True)
+        if target.is_dir():
+            api.upload_folder(repo_id=push, folder_path=target, allow_patterns=names)
+        else:
+            api.upload_file(repo_id=push, path_or_fileobj=target, path_in_repo=target.name)
+    except Exception as e:  # the Hub's and the network's errors have no common class
+        reason = " ".join(str(e).split())[:200]
+        raise OSError(f"{target} is written, but not uploaded: {type(e).__name__}: {reason}") from e
+    return str(url)
+
+
+def main() -> None:
+    if to not in ("hf", "gguf", "easygpt"):
+        raise ValueError(f"to must be hf, gguf or easygpt, not {to!r}")
+    known = [*DTYPES, "q8_0"] if to == "gguf" else [*DTYPES]
+    if dtype not in known:
+        raise ValueError(f"dtype must be {', '.join(known)} for --to={to}, not {dtype!r}")
+    if push and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
+        raise ValueError(f"push must be USER/NAME, not {push!r}")
+    run = Path(out_dir)
+    if init_from == "resume":
+        path, state, problems = checkpoint.load_newest(run)
+        for problem in problems:
+            print(f"passed over: {problem}", file=sys.stderr)
+    elif init_from.startswith(hf.PREFIX):
+        path, state = hf.load(init_from)
+    else:
+        path = Path(init_from)
+        state, run = checkpoint.load(path), path.parent
+    model = checkpoint.load_model(path, state)
+    saved = state.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files have none
+    tok = get_tokenizer(saved["name"], json_text=saved["json"])
+    if tok.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{path} has a vocabulary of {model.config.vocab_size}, but its tokenizer {tok.name!r} "
+            f"has {tok.vocab_size} ids: it was trained with another one"
+        )
+    weights, config = published(model, tok)
+    name = push.split("/")[-1] or (path if path.is_dir() else run).resolve().name
+    names: list[str] = []
+    if to == "hf":
+        target = Path(output or run / "hf")
+        parameters = sum(w.numel() for w in weights.values())
+        card = model_card(name, state, config, parameters, tok, run)
+        names = to_hf(target, weights, config, tok, card)
+        if "![Loss" in card:
+            shutil.copyfile(run / "loss.png", target / "loss.png")
+            names.append("loss.png")
+    elif to == "gguf":
+        target = Path(output or run / f"model-{gguf_writer.FILE_TYPES[dtype][1]}.gguf")
+        to_gguf(target, weights, config, tok, name)
+    else:
+        target = Path(output or run / "easygpt.pt")
+        to_easygpt(target, weights, config, state)
+    print(f"{path} -> {target}: {dtype}, {config.vocab_size} {tok.name} tokens")
+    if push:
+        print(f"uploaded to {upload(target, names)}")
+
+
+if __name__ == "__main__":
+    globals().update(configure(globals()))
+    runtime.run(main)

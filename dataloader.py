@@ -103,6 +103,7 @@ class TokenData:
     def __init__(self, folder: Path, split: str, context: int, vocab_size: int) -> None:
         meta = read_meta(folder)
         files = split_files(folder, split)
+        self.sizes = {path: path.stat().st_size for path in files}  # bytes
         self.maps = [open_tokens(path, meta["dtype"]) for path in files]
         self.ends = np.cumsum([len(m) for m in self.maps])
         self.tokens = int(self.ends[-1])
@@ -125,6 +126,12 @@ class TokenData:
                 f"{files[0]} holds token id {largest}, but the model's vocab_size is {vocab_size}; "
                 "set vocab_size to cover the tokenizer, or check that the file is what you think"
             )
+
+    def check_size(self) -> None:
+        """Raises ValueError when a file has shrunk: reading its end would kill the process."""
+        for path, size in self.sizes.items():
+            if path.exists() and path.stat().st_size < size:
+                raise ValueError(f"{path} was cut short while it was read; put the whole file back")
 
     def sampled_max(self) -> int:
         """The largest id in SCANS pieces of each file, for bins that no meta.json describes."""

@@ -60,6 +60,11 @@ def run(main: Callable[[], None]) -> None:
     finally:
         watch(0)
         unlock_folders()
+        for name in ("stdout", "stderr"):  # Python would fail once more on a lost terminal
+            try:
+                getattr(sys, name).flush()
+            except (OSError, ValueError):
+                setattr(sys, name, None)
 
 
 class Stop:

@@ -67,6 +67,7 @@ def test_nothing_runs_code_from_data(name):
         if call in ("torch.load", "np.load"):
             flags = {k.arg: ast.unparse(k.value) for k in node.keywords}
             assert flags.get("weights_only") == "True", ast.unparse(node)
+    assert "time.time" not in dotted, "a clock that people and networks set"
     runs = [c for c in dotted if c.startswith("runpy.")]
     assert runs == (["runpy.run_path"] if name == "configurator" else [])
 

@@ -85,15 +85,17 @@ class Saver:
     """Writes the checkpoints of a run in a thread, one at a time, and deletes the old ones.
 
     The newest `keep_last` stay, those at multiples of `milestone_interval` (0: none), and best.pt.
-    A write that fails leaves what was there; `problem` then says why until one succeeds, and
-    `best_failed` whether best.pt is not the best that was to be written.
+    A write that fails leaves what was there. `problem` says why the last ckpt_<step>.pt failed, ""
+    when it did not; `best_failed` is the same for best.pt; `unsaid` holds all failures until the
+    caller takes them out to tell the user.
     """
 
     def __init__(self, out_dir: Path, keep_last: int, milestone_interval: int = 0) -> None:
         self.out_dir, self.keep_last, self.milestone = out_dir, keep_last, milestone_interval
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.job: Future[None] | None = None
-        self.problem, self.best_failed = "", False
+        self.problem = self.best_failed = ""
+        self.unsaid: list[str] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy the state to the CPU now and write ckpt_<step>.pt soon."""
@@ -112,23 +114,23 @@ class Saver:
             self.job = None
 
     def write_best(self, state: dict[str, Any]) -> None:
-        self.best_failed = not self.try_to_write(self.out_dir / "best.pt", state)
+        self.best_failed = self.try_to_write(self.out_dir / "best.pt", state)
 
     def write(self, step: int, state: dict[str, Any]) -> None:
-        if self.try_to_write(self.out_dir / f"ckpt_{step}.pt", state):
+        self.problem = self.try_to_write(self.out_dir / f"ckpt_{step}.pt", state)
+        if not self.problem:
             for old, path in steps_saved(self.out_dir)[self.keep_last :]:
                 if not self.milestone or old % self.milestone or old == 0:
                     with contextlib.suppress(OSError):  # open in another program; next time then
                         path.unlink()
 
-    def try_to_write(self, path: Path, state: dict[str, Any]) -> bool:
+    def try_to_write(self, path: Path, state: dict[str, Any]) -> str:
         try:
             save(path, state)
         except (OSError, ValueError) as e:
-            self.problem = str(e)
-            return False
-        self.problem = ""
-        return True
+            self.unsaid.append(str(e))
+            return str(e)
+        return ""
 
 
 def check_disk(out_dir: Path, size: int, count: int, log: int) -> None:

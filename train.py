@@ -474,8 +474,6 @@ def main() -> None:
 
     def save() -> None:
         nonlocal last_saved, saved_at
-        if saver.problem:
-            say(f"WARNING  {saver.problem}; training goes on without a new checkpoint")
         if last_saved == state.iter_num and not saver.problem:
             return
         saver.save(state.iter_num, contents())
@@ -493,6 +491,8 @@ def main() -> None:
     model.train()
     while True:
         step = state.iter_num
+        while saver.unsaid:
+            say(f"WARNING  {saver.unsaid.pop(0)}; training goes on without a new checkpoint")
         at_eval = step % eval_interval == 0 or step >= max_iters
         if (
             at_eval

@@ -127,6 +127,7 @@ def test_resume_goes_on_to_the_bit(script, tiny, tmp_path, more, steps):
     resume_everywhere(script, [*tiny, *more], tmp_path, steps)
 
 
+@pytest.mark.slow
 def test_resume_goes_on_to_the_bit_compiled(script, tiny, tmp_path):
     """A compiled run equals compiled ones, with dropout."""
     more = ["--compile=True", "--dropout=0.1", "--num_hidden_layers=1"]

@@ -7,6 +7,7 @@ EasyGPT's files; `tokenizer` and `train_state` are ours.
 
 import contextlib
 import dataclasses
+import json
 import os
 import pickle
 import re
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig
 
@@ -49,17 +51,6 @@ def save(path: Path, state: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {e}") from e
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all; a link that stands there is not followed."""
-    temp = path.with_name(path.name + ".tmp")
-    temp.unlink(missing_ok=True)
-    with open(temp, "x", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temp, path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -94,66 +85,68 @@ class Saver:
     """Writes the checkpoints of a run in a thread, one at a time, and deletes the old ones.
 
     The newest `keep_last` stay, those at multiples of `milestone_interval` (0: none), and best.pt.
-    A write that fails leaves what was there; `problem` then says why until one succeeds.
+    A write that fails leaves what was there. `problem` says why the last ckpt_<step>.pt failed, ""
+    when it did not; `best_failed` is the same for best.pt; `unsaid` holds all failures until the
+    caller takes them out to tell the user.
     """
 
     def __init__(self, out_dir: Path, keep_last: int, milestone_interval: int = 0) -> None:
         self.out_dir, self.keep_last, self.milestone = out_dir, keep_last, milestone_interval
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.jobs: list[Future[None]] = []
-        self.problem = ""
+        self.job: Future[None] | None = None
+        self.problem = self.best_failed = ""
+        self.unsaid: list[str] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy the state to the CPU now and write ckpt_<step>.pt soon."""
         self.wait()
-        self.jobs.append(self.thread.submit(self.write, step, to_cpu(state)))
+        self.job = self.thread.submit(self.write, step, to_cpu(state))
 
-    def mark_best(self, step: int) -> None:
-        """Give the checkpoint of `step` the name best.pt as well, once it has been written."""
-        self.jobs.append(self.thread.submit(self.name_best, step))
+    def save_best(self, state: dict[str, Any]) -> None:
+        """The same for best.pt, a file of its own: one bad disk block cannot spoil two."""
+        self.wait()
+        self.job = self.thread.submit(self.write_best, to_cpu(state))
 
     def wait(self) -> None:
         """Return when nothing is being written."""
-        while self.jobs:
-            self.jobs.pop(0).result()
+        if self.job is not None:
+            self.job.result()
+            self.job = None
 
-    def name_best(self, step: int) -> None:
-        path = self.out_dir / f"ckpt_{step}.pt"
-        try:
-            if path.exists():
-                link(path, self.out_dir / "best.pt")
-        except OSError as e:
-            self.problem = f"could not write best.pt: {e}"
+    def write_best(self, state: dict[str, Any]) -> None:
+        self.best_failed = self.try_to_write(self.out_dir / "best.pt", state)
 
     def write(self, step: int, state: dict[str, Any]) -> None:
+        self.problem = self.try_to_write(self.out_dir / f"ckpt_{step}.pt", state)
+        if not self.problem:
+            for old, path in steps_saved(self.out_dir)[self.keep_last :]:
+                if not self.milestone or old % self.milestone or old == 0:
+                    with contextlib.suppress(OSError):  # open in another program; next time then
+                        path.unlink()
+
+    def try_to_write(self, path: Path, state: dict[str, Any]) -> str:
         try:
-            save(self.out_dir / f"ckpt_{step}.pt", state)
+            save(path, state)
         except (OSError, ValueError) as e:
-            self.problem = str(e)
-            return
-        self.problem = ""
-        for old, path in steps_saved(self.out_dir)[self.keep_last :]:
-            if not self.milestone or old % self.milestone or old == 0:
-                with contextlib.suppress(OSError):  # open in another program; next time then
-                    path.unlink()
+            self.unsaid.append(str(e))
+            return str(e)
+        return ""
 
 
-def link(path: Path, name: Path) -> None:
-    """Give a checkpoint a second name, which stays when the first is deleted; no bytes are copied.
+def check_disk(out_dir: Path, size: int, count: int, log: int) -> None:
+    """Raises ValueError when the disk has no room for `count` files of `size` and `log` more bytes.
 
-    On file systems without hard links it is copied.
+    The checkpoints that are there count as free: the run will replace them, or has counted them.
     """
-    temp = name.with_name(name.name + ".tmp")
-    temp.unlink(missing_ok=True)
-    try:
-        os.link(path, temp)
-    except OSError:
-        shutil.copyfile(path, temp)
-        with open(temp, "rb+") as f:
-            os.fsync(f.fileno())
-    os.replace(temp, name)
-    temp.unlink(missing_ok=True)  # renaming onto another name of the same file does nothing
-    sync_folder(name.parent)
+    needed = size * count + log
+    there = {(s.st_dev, s.st_ino): s.st_size for s in (p.stat() for p in checkpoints(out_dir))}
+    free = shutil.disk_usage(out_dir).free + sum(there.values())
+    if free < needed:
+        raise ValueError(
+            f"{out_dir} has {free / 1e9:.3f} GB free, but the run needs {needed / 1e9:.3f} GB for "
+            f"{count} checkpoints (the last, the milestones, the best, one being written); make "
+            "room, choose another --out_dir, --keep_last=1 or fewer milestones"
+        )
 
 
 def check(path: Path) -> None:
@@ -189,6 +182,8 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
     check(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -206,6 +201,55 @@ def load(path: Path) -> dict[str, Any]:
             "the model's sizes"
         )
     return state
+
+
+def load_safetensors(path: Path) -> dict[str, Any]:
+    """The weights of a .safetensors file as a checkpoint, sizes from the config.json beside it.
+
+    The words of a Hugging Face Llama's config.json are our model fields. A tokenizer.json beside
+    it counts, too. Raises ValueError for a damaged file, a missing config.json, and a model that
+    computes anything else than ours.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is truncated, damaged or not a safetensors file ({e})") from e
+    try:
+        config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+        heads = config["num_attention_heads"]
+        args = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        args |= {k: rope[k] for k in ("rope_theta",) if k in rope}
+        names = {f.name for f in dataclasses.fields(GPTConfig)} - {"dropout"}
+        args |= {k: v for k, v in config.items() if k in names and v is not None}
+        plain = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+        odd = {k: config[k] for k, v in plain.items() if config.get(k, v) != v}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            odd["rope_scaling"] = rope
+    except OSError as e:
+        raise ValueError(
+            f"{path} does not tell the model's sizes; put the same model's config.json (Hugging "
+            "Face Llama's words: hidden_size, num_hidden_layers, ...) beside it"
+        ) from e
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        raise ValueError(f"{path.with_name('config.json')} is not a Llama's ({e!r})") from e
+    if odd:
+        raise ValueError(f"{path} is of another kind of model: {odd}")
+    state: dict[str, Any] = {"model": weights, "model_args": args}
+    tokenizer = path.with_name("tokenizer.json")
+    if tokenizer.exists():
+        text = tokenizer.read_text(encoding="utf-8")
+        state["tokenizer"] = {"name": "tokenizer.json", "json": text}
+    return state
+
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """Every checkpoint file of a run in a folder."""
+    best = out_dir / "best.pt"
+    return [path for _, path in steps_saved(out_dir)] + ([best] if best.exists() else [])
 
 
 def steps_saved(out_dir: Path) -> list[tuple[int, Path]]:
@@ -308,10 +352,44 @@ def load_weights(model: GPT, state: dict[str, Any], path: Path) -> None:
     model.load_state_dict(given)
 
 
+class SkipInit(TorchFunctionMode):
+    """Inside it torch.nn.init does nothing: for models whose weights are loaded right after.
+
+    Random numbers for 303M parameters take seconds.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def build(size: GPTConfig, state: dict[str, Any], path: Path) -> GPT:
+    """A model of this size with a checkpoint's weights, on the CPU. Raises as load_weights does."""
+    with SkipInit():
+        model = GPT(size)
+    load_weights(model, state, path)
+    return model
+
+
+def check_same_model(saved: GPTConfig, size: GPTConfig, path: Path) -> None:
+    """Raises ValueError listing the model settings that differ from the checkpoint's."""
+    differ = [
+        f"{f.name} is {getattr(size, f.name)}, there {getattr(saved, f.name)}"
+        for f in dataclasses.fields(GPTConfig)
+        if f.name != "dropout" and getattr(size, f.name) != getattr(saved, f.name)
+    ]
+    if differ:
+        raise ValueError(
+            f"{path} is of another model, so it cannot be resumed: {'; '.join(differ)}"
+        )
+
+
 def load_model(path: Path, state: dict[str, Any]) -> GPT:
     """The model of a checkpoint, on the CPU, in evaluation mode. Raises ValueError as above."""
-    model = GPT(model_config(state, path))
-    load_weights(model, state, path)
+    model = build(model_config(state, path), state, path)
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise ValueError(f"{path} has NaN or infinite weights: that run went wrong")
     return model.eval()

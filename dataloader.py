@@ -257,6 +257,7 @@ class TokenData:
         else:
             files = split_files(folder, split)
             self.pieces = [Piece(path, 0, open_tokens(path, meta["dtype"])) for path in files]
+        self.sizes = {p.path: p.path.stat().st_size for p in self.pieces}  # bytes
         self.ids = [piece.ids for piece in self.pieces]
         self.begins = [0, *itertools.accumulate(len(ids) for ids in self.ids)]
         self.tokens = self.begins[-1]
@@ -279,6 +280,12 @@ class TokenData:
                 check_foreign(piece.path, piece.ids)
             n = min(SCAN, self.tokens)
             self.windows(np.linspace(0, self.tokens - n, SCANS, dtype=np.int64), n)
+
+    def check_size(self) -> None:
+        """Raises ValueError when a file has shrunk: reading its end would kill the process."""
+        for path, size in self.sizes.items():
+            if path.exists() and path.stat().st_size < size:
+                raise ValueError(f"{path} was cut short while it was read; put the whole file back")
 
     def windows(self, starts: Ints, length: int | None = None) -> NDArray[Any]:
         """Tokens [start, start + context] of each start: (n,) -> (n, context + 1), unsigned.

@@ -1,10 +1,13 @@
-"""What a script needs to know of the machine: device, number type, compiler, peak speed, exit."""
+"""What a script needs of the machine: device, number type, compiler, peak speed; how it ends."""
 
 import contextlib
+import errno
+import faulthandler
 import importlib.util
 import io
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -16,16 +19,17 @@ from typing import TextIO
 
 import torch
 
-# Dense bf16 (fp16 where noted) TFLOP/s with fp32 accumulation, from the makers' data sheets. The
-# first name that occurs in the card's own name counts, so longer names stand first.
+# Dense bf16 (fp16 where noted) TFLOP/s with fp32 accumulation, from the makers' data sheets, by the
+# card's whole name without its maker, memory and socket: a laptop's card of that number is slower.
 PEAK_TFLOPS = {
     "RTX 3090 Ti": 80.0,
     "RTX 3090": 71.0,
     "RTX 4090": 165.0,
     "RTX 5090": 209.5,
     "RTX A6000": 155.0,
-    "A100": 312.0,
-    "H100": 989.0,  # SXM; the PCIe card has about three quarters
+    **dict.fromkeys(("A100", "A100 PCIe", "A100-PCIE"), 312.0),
+    "H100": 989.0,
+    "H100 PCIe": 756.0,
     "V100": 125.0,  # fp16
     "T4": 65.0,  # fp16
 }
@@ -54,27 +58,40 @@ def run(main: Callable[[], None]) -> None:
         print(f"\n{script}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     finally:
+        watch(0)
         unlock_folders()
+        for name in ("stdout", "stderr"):  # Python would fail once more on a lost terminal
+            try:
+                getattr(sys, name).flush()
+            except (OSError, ValueError):
+                setattr(sys, name, None)
 
 
 class Stop:
-    """Whether the user or the system has asked the run to end, and by which signal.
+    """Whether the user or the system has asked the run to end; `cause` says who, "" for nobody.
 
-    The first SIGINT, SIGTERM, SIGBREAK (Windows) or SIGUSR1 is noted, so that the run can save and
-    end in order; a second one ends the process at once, unless it comes within REPEAT_S: torchrun
-    and other supervisors pass a signal on that the process has got already.
+    The first SIGINT, SIGTERM, SIGHUP (the terminal was closed), SIGBREAK (Windows) or SIGUSR1 is
+    noted, so that the run can save and end in order; a second one ends the process at once, unless
+    it comes within REPEAT_S: torchrun and other supervisors pass a signal on that the process has
+    got already. So is the end of a torchrun that started this process and left it behind.
     """
 
     REPEAT_S = 1.0
 
-    NAMES = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGUSR1")
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGUSR1")
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.noted_at = 0.0
+        self.under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        self.parent = os.getppid()
         for name in self.NAMES:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.note)
+            number = getattr(signal, name, None)
+            nohup = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
+            if number and not nohup:
+                signal.signal(number, self.note)
+        if hasattr(signal, "SIGTSTP"):
+            signal.signal(signal.SIGTSTP, pause)
 
     def note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
@@ -82,23 +99,53 @@ class Stop:
         elif time.monotonic() - self.noted_at > self.REPEAT_S:
             os._exit(128 + number)
 
+    @property
+    def cause(self) -> str:
+        if self.signal is not None:
+            return self.signal.name
+        orphaned = self.under_torchrun and os.getppid() != self.parent
+        return "the end of torchrun" if orphaned else ""
+
     def exit_code(self) -> int:
         """0 under torchrun, which takes another code for a crash and starts anew; else 128 + n."""
-        if self.signal is None or "TORCHELASTIC_RUN_ID" in os.environ:
+        if self.signal is None or self.under_torchrun:
             return 0
         return 128 + self.signal
+
+
+def watch(seconds: float) -> None:
+    """End the process unless this is called again within `seconds`; 0 = watch no more.
+
+    All threads' stacks then go to stderr, and the exit code is 1. It works while the main thread
+    hangs in a read from a dead network drive, where no signal handler and no thread can run.
+    """
+    stderr = sys.__stderr__
+    if seconds and stderr is not None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=stderr)
+    else:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def pause(number: int, frame: FrameType | None) -> None:
+    """Ctrl-Z: the time until `fg` does not count as hanging."""
+    watch(0)
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def lock_folder(folder: Path) -> str:
     """Make this process the only one that writes to `folder`, until it ends however it ends.
 
-    Returns a line about a holder that died without a word, else "". Raises ValueError naming the
-    process that holds the folder. The lock is the system's, on the file .lock, which names pid and
-    host for people.
+    Returns a line about a holder that died without a word, or about a file system that has no
+    locks; else "". Raises ValueError naming the process that holds the folder. The lock is the
+    system's, on the file .lock, which names pid and host for people.
     """
-    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (open until the end)
-    file.seek(0)
-    holder = file.read().strip()
+    path = folder / ".lock"
+    no_follow = getattr(os, "O_NOFOLLOW", 0)  # a link here could name any file of the user's
+    file = os.fdopen(
+        os.open(path, os.O_RDWR | os.O_CREAT | no_follow, 0o666), "r+", encoding="utf-8"
+    )
+    holder = file.read(1000).strip()
+    line = f"took over {folder} from {holder}, which is gone" if holder else ""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -110,16 +157,20 @@ def lock_folder(folder: Path) -> str:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        raise ValueError(
-            f"{folder} is in use by another run ({holder or 'unknown process'}); end that one, or "
-            "choose another --out_dir"
-        ) from e
+        if e.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            file.close()
+            raise ValueError(
+                f"{folder} is in use by another run ({holder or 'unknown process'}); end that one, "
+                "or choose another --out_dir"
+            ) from e
+        last = f" (last: {holder})" if holder else ""
+        line = f"{folder} cannot be locked ({e.strerror}): let no other run write there{last}"
     file.seek(0)
     file.truncate()
     file.write(f"pid {os.getpid()} on {platform.node()}")
     file.flush()
     _locks.append(file)
-    return f"took over {folder} from {holder}, which is gone" if holder else ""
+    return line
 
 
 def unlock_folders() -> None:
@@ -208,8 +259,14 @@ def peak_flops(device: torch.device) -> float | None:
     """The card's dense 16-bit FLOP/s, None for a card that is not in the table and for a CPU."""
     if device.type != "cuda":
         return None
-    card = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if name in card), None)
+    peak = PEAK_TFLOPS.get(short_name(torch.cuda.get_device_name(device)))
+    return peak * 1e12 if peak else None
+
+
+def short_name(card: str) -> str:
+    """A card's name without maker, memory size and socket: "A100" for NVIDIA A100-SXM4-40GB."""
+    name = re.sub(r"\b(NVIDIA|GeForce|Tesla)\b|[- ](SXM\d*|\d+ ?GB|HBM\d\w?)\b", " ", card)
+    return " ".join(name.split())
 
 
 def describe(device: torch.device) -> str:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 import checkpoint
 import hf
+import runlog
 import runtime
 from configurator import configure, settings_of
 from dataloader import TokenData, TrainLoader, TrainOrder, eval_batches, key_of, read_meta
@@ -44,7 +44,7 @@ seed = 1337  # of initial weights, data order and dropout
 # data
 dataset = "openwebtext"  # folder under data/, or a path with a slash
 tokens_per_step = 491520  # tokens in one update; accumulation is derived from it
-batch_size = 12  # windows in one micro-batch: memory, not the result, depends on it
+batch_size = 12  # windows in one micro-batch: for memory; updates do not depend on it
 # model (the defaults are the 303M reference)
 vocab_size = 0  # 0 = the tokenizer's, rounded up to a multiple of 64
 hidden_size = 1024
@@ -76,13 +76,14 @@ max_skipped = 10  # updates in a row with a loss or gradient that is not finite 
 skip_spike = 0.0  # leave out an update whose loss is this many deviations above the last; 0 = off
 # evaluation, log, checkpoints
 eval_interval = 400  # updates
-eval_iters = 200  # batches of batch_size windows, the same ones every time
+eval_iters = 200  # batches: eval_iters x batch_size windows, the same ones every time
 log_interval = 10  # updates
 checkpoint_interval = 0  # updates between checkpoints; 0 = at evaluations
 checkpoint_minutes = 15.0  # and at the latest after this time
 keep_last = 2  # newest checkpoints kept, beside the best
 milestone_interval = 0  # keep the checkpoints at multiples of this for ever; 0 = none
 time_limit = 0.0  # minutes after which to save and stop; 0 = none
+watchdog_minutes = 30.0  # without a micro-step before the run counts as hung and ends; 0 = never
 wandb_log = False
 wandb_project = "easygpt"
 wandb_run_name = ""  # empty = the name of out_dir
@@ -117,6 +118,7 @@ class TrainState:
     skipped: int = 0  # updates left out, in all
     recent_losses: list[float] = field(default_factory=list)  # for skip_spike
     wandb_run_id: str | None = None
+    micro_batch: int = 0  # windows that fit in memory when batch_size does not; 0 = it does
 
 
 def check_settings() -> None:
@@ -124,6 +126,7 @@ def check_settings() -> None:
     least = {"batch_size": 1, "tokens_per_step": 1, "max_iters": 0, "eval_interval": 1}
     least |= {"eval_iters": 1, "log_interval": 1, "keep_last": 1, "warmup_iters": 0}
     least |= {"checkpoint_interval": 0, "milestone_interval": 0, "skip_spike": 0, "time_limit": 0}
+    least |= {"watchdog_minutes": 0}
     least |= {"lr_decay_iters": 0, "max_skipped": 1, "grad_clip": 0, "weight_decay": 0, "min_lr": 0}
     problems = [
         f"{name} must be at least {low}, not {globals()[name]}"
@@ -186,23 +189,6 @@ def is_spike(loss: float, recent: list[float], deviations: float) -> bool:
     return loss > statistics.fmean(recent) + deviations * statistics.stdev(recent)
 
 
-def check_disk(out: Path, parameters: int) -> None:
-    """Raises ValueError when the disk cannot hold the run's checkpoints.
-
-    Each has weights and two moments in float32; there are keep_last, the best, and one being
-    written. Files that this run will replace count as free.
-    """
-    needed = 12 * parameters * (keep_last + 2)
-    there = sum(p.stat().st_size for p in out.glob("*.pt"))
-    free = shutil.disk_usage(out).free + there
-    if free < needed:
-        raise ValueError(
-            f"{out} has {free / 1e9:.2f} GB free, but the checkpoints need {needed / 1e9:.2f} GB "
-            f"({keep_last} + best + one being written); make room, choose another --out_dir, or "
-            "--keep_last=1"
-        )
-
-
 def lr_at(step: int, peak: float, low: float, warmup: int, decay: int) -> float:
     """Learning rate of update `step`, from 0: linear warm-up, then a cosine to `low` at `decay`."""
     if step < warmup:
@@ -214,11 +200,22 @@ def lr_at(step: int, peak: float, low: float, warmup: int, decay: int) -> float:
 
 
 @torch.no_grad()
-def mean_loss(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], autocast: Any) -> float:
-    """Loss in nats per token over all batches, with dropout off and one wait for the device."""
+def mean_loss(
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    autocast: Any,
+    go_on: Callable[[], bool] = lambda: True,
+) -> float | None:
+    """Loss in nats per token over all batches, with dropout off and one wait for the device.
+
+    None when `go_on`, asked before each batch, says no.
+    """
     model.eval()
     losses = []
     for x, y in batches:
+        if not go_on():
+            model.train()
+            return None
         with autocast:
             _, loss = model(x, y)
         losses.append(torch.stack((loss.float(), (y != IGNORE_INDEX).sum().float())))
@@ -238,99 +235,21 @@ def check_same_tokenizer(saved: dict[str, Any], tok: Tokenizer, path: Path) -> N
         )
 
 
-def start_model(path: Path, state: dict[str, Any], size: GPTConfig) -> GPT:
-    """The model for a fresh run on a checkpoint's weights.
-
-    Sizes are the checkpoint's, dropout ours, and the context the smaller of the two.
-    """
-    found = checkpoint.model_config(state, path)
-    context = min(found.max_position_embeddings, size.max_position_embeddings)
-    model = GPT(replace(found, max_position_embeddings=context, dropout=size.dropout))
-    checkpoint.load_weights(model, state, path)
-    return model
-
-
-def check_same_model(saved: GPTConfig, size: GPTConfig, path: Path) -> None:
-    """Raises ValueError listing the model settings that differ from the checkpoint's."""
-    differ = [
-        f"{f.name} is {getattr(size, f.name)}, there {getattr(saved, f.name)}"
-        for f in fields(GPTConfig)
-        if f.name != "dropout" and getattr(size, f.name) != getattr(saved, f.name)
+def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What makes a resumed run another one than the checkpoint's, for the user to read."""
+    changed = [
+        f"{k} {v!r} -> {now['config'][k]!r}"
+        for k, v in saved["config"].items()
+        if k in RUN_SETTINGS and now["config"][k] != v
     ]
-    if differ:
-        raise ValueError(
-            f"{path} is of another model, so it cannot be resumed: {'; '.join(differ)}"
-        )
-
-
-def wandb_logger(config: dict[str, Any], state: TrainState) -> Callable[[dict[str, Any]], None]:
-    """A function that sends a record to wandb, or does nothing when wandb is off or unwell."""
-
-    def nothing(record: dict[str, Any]) -> None:
-        return None
-
-    if not wandb_log:
-        return nothing
-    try:
-        import wandb
-
-        run = wandb.init(
-            project=wandb_project,
-            name=wandb_run_name or Path(out_dir).name,
-            config=config,
-            id=state.wandb_run_id,
-            resume="allow",
-        )
-        state.wandb_run_id = run.id
-    except Exception as e:  # wandb's errors are many, and none may stop a run
-        say(f"wandb is off: {type(e).__name__}: {e}".splitlines()[0])
-        return nothing
-
-    def log(record: dict[str, Any]) -> None:
-        try:
-            run.log(record, step=record["iter"])
-        except Exception as e:
-            say(f"wandb: {type(e).__name__}: {e}".splitlines()[0])
-
-    return log
-
-
-def draw_losses(metrics: Path, image: Path) -> None:
-    """Plot training and validation loss against tokens from metrics.jsonl."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        say("no loss.png: matplotlib is not installed")
-        return
-    records = read_records(metrics)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, style in (("loss", "-"), ("val_loss", "o-")):
-        points = [(r["tokens"], r[key]) for r in records if key in r]
-        if points:
-            label = {"loss": "training", "val_loss": "validation"}[key]
-            axes.plot(*zip(*points, strict=True), style, label=label, lw=1, ms=3)
-    axes.set(xlabel="tokens", ylabel="loss, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with contextlib.suppress(OSError):  # a full disk may cost the picture, not the run
-        image.unlink(missing_ok=True)
-        figure.savefig(image, dpi=150)
-
-
-def keep_records(metrics: Path, step: int) -> None:
-    """Drop from metrics.jsonl what a resumed run will log again: records of `step` and later."""
-    kept = [r for r in read_records(metrics) if r["iter"] < step]
-    checkpoint.write_text(metrics, "".join(json.dumps(r) + "\n" for r in kept))
-
-
-def read_records(metrics: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a line that a crash or a full disk cut short is left out."""
-    records = []
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+    before, after = (c["eval_iters"] * c["batch_size"] for c in (saved["config"], now["config"]))
+    if before != after:
+        changed.append(f"windows of an evaluation {before} -> {after}")
+    if saved["data"] != now["data"]:
+        changed.append("the dataset's contents")
+    if saved["dtype"] != now["dtype"]:
+        changed.append(f"dtype in use {saved['dtype']} -> {now['dtype']}")
+    return changed
 
 
 def say(line: str) -> None:
@@ -346,7 +265,7 @@ def duration(seconds: float) -> str:
 
 
 def main() -> None:
-    # --- settings, device, data: everything that can be wrong is found before any work
+    # --- settings, device, folders: everything that can be wrong is found before any work
     started = time.monotonic()
     stop = runtime.Stop()
     config = settings_of(globals())
@@ -364,8 +283,8 @@ def main() -> None:
     )
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    if gone := runtime.lock_folder(out):
-        say(gone)
+    if line := runtime.lock_folder(out):
+        say(line)
     if init_from not in ("scratch", "resume") and Path(init_from).parent.resolve() == out.resolve():
         raise ValueError(
             f"a new run from {init_from} would replace it: choose another --out_dir, or "
@@ -377,70 +296,69 @@ def main() -> None:
             "--out_dir, or replace it (--overwrite=True)"
         )
 
-    # --- model
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    torch.manual_seed(seed)
-    saved: dict[str, Any] = {}
+    # --- where the run starts from
     state = TrainState()
+    start: dict[str, Any] = {}  # a checkpoint's contents
     origin = init_from
-    if init_from == "resume":
-        path, saved, problems = checkpoint.load_newest(out)
+    resumed = init_from == "resume"
+    if resumed:
+        path, start, problems = checkpoint.load_newest(out)
         for problem in problems:
             say(f"passed over: {problem}")
-        if "train_state" not in saved:
+        if "train_state" not in start:
             raise ValueError(f"{path} cannot be resumed, only started from: --init_from={path}")
-        check_same_tokenizer(saved, tok, path)
-        theirs = checkpoint.model_config(saved, path)
-        if saved["config"]["init_from"] in ("scratch", "resume"):
-            check_same_model(theirs, size, path)
-        origin = saved["config"]["init_from"]
+        check_same_tokenizer(start, tok, path)
+        origin = start["config"]["init_from"]
+        theirs = checkpoint.model_config(start, path)
+        if origin == "scratch":
+            checkpoint.check_same_model(theirs, size, path)
         size = replace(theirs, dropout=dropout)  # a run from a checkpoint has that one's sizes
-        model = GPT(size)
-        checkpoint.load_weights(model, saved, path)
         known = {f.name for f in fields(TrainState)}
-        state = TrainState(**{k: v for k, v in saved["train_state"].items() if k in known})
-        changed = [
-            f"{k} {v!r} -> {config[k]!r}"
-            for k, v in saved["config"].items()
-            if k in RUN_SETTINGS and config[k] != v
-        ]
-        if saved["data"] != meta["splits"]:
-            changed.append("the dataset's contents")
-        if saved["dtype"] != str(number):
-            changed.append(f"dtype in use {saved['dtype']} -> {number}")
-        if any(saved["config"][k] != config[k] for k in ("batch_size", "eval_iters")):
-            state.best_val_loss = None  # evaluated on other windows: not comparable
-        if changed:
+        state = TrainState(**{k: v for k, v in start["train_state"].items() if k in known})
+        now = {"config": config, "data": meta["splits"], "dtype": str(number)}
+        if changed := changed_settings(start, now):
             say(f"WARNING  not the same run as before: {', '.join(changed)}")
-    elif init_from == "scratch":
-        model = GPT(size)
-    else:
+        if start["config"]["batch_size"] != batch_size:
+            state.micro_batch = 0  # the user knows better
+    elif init_from != "scratch":
         path = Path(init_from)
         if init_from.startswith(hf.PREFIX):
             path, start = hf.load(init_from)
         else:
             start = checkpoint.load(path)
         check_same_tokenizer(start, tok, path)
-        model = start_model(path, start, size)
-        size = model.config
-        del start
+        theirs = checkpoint.model_config(start, path)
+        least = min(theirs.max_position_embeddings, size.max_position_embeddings)
+        size = replace(theirs, max_position_embeddings=least, dropout=dropout)
     context = size.max_position_embeddings
-    micro_steps = accumulation(tokens_per_step, batch_size, context, ranks)
+    micro_batch = state.micro_batch or batch_size
+    micro_steps = accumulation(tokens_per_step, micro_batch, context, ranks)
     train_data = TokenData(folder, "train", context, size.vocab_size)
     val_data = TokenData(folder, "val", context, size.vocab_size)
     order = TrainOrder(train_data.tokens, context, tokens_per_step, seed)
     loader = TrainLoader(train_data, order, rank, ranks, where)
-    check_disk(out, num_parameters(model))
+
+    # --- model and optimizer
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    torch.manual_seed(seed)
+    model = checkpoint.build(size, start, path) if start else GPT(size)
+    milestones = max_iters // milestone_interval if milestone_interval else 0
+    checkpoint.check_disk(  # weights and two moments in float32; a record has 300 bytes
+        out,
+        size=12 * num_parameters(model),
+        count=keep_last + milestones + 2,
+        log=300 * (max_iters // log_interval + max_iters // eval_interval),
+    )
     model.to(where)
     optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(where.type, enabled=number == torch.float16)
-    if saved:
-        optimizer.load_state_dict(saved["optimizer"])
+    if resumed:
+        optimizer.load_state_dict(start["optimizer"])
         for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
             group.update(weight_decay=decay, betas=(beta1, beta2))  # as set, not as saved
-        if saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-    saved = {}
+        if start["scaler"]:
+            scaler.load_state_dict(start["scaler"])
+    start = {}
 
     # --- a line for each fact that the user may want to check
     flops_per_step = flops_per_token(model) * tokens_per_step
@@ -453,18 +371,22 @@ def main() -> None:
         f"{val_data.tokens:,} for validation"
     )
     say(
-        f"run      {max_iters:,} updates of {tokens_per_step:,} tokens ({batch_size} x {context} x "
-        f"{micro_steps} micro-steps), {order.epochs(max_iters):.2f} epochs, seed {seed}"
+        f"run      {max_iters:,} updates of {tokens_per_step:,} tokens ({micro_batch} x {context} "
+        f"x {micro_steps} micro-steps), {order.epochs(max_iters):.2f} epochs, seed {seed}"
     )
     if not meta["splits"]:
         say(f"data     {folder} has no meta.json: taken for GPT-2 tokens in uint16")
     say(f"machine  {runtime.describe(where)}; {number} ({why})".replace("torch.", ""))
-    if state.iter_num:
+    if resumed:
         say(f"resumed  {path} at {state.iter_num} updates")
 
-    # --- compile, with one guarded step: torch.compile fails when it is first called, not before
-    micro_batch = batch_size
+    # --- what a step is made of
     eval_windows = eval_iters * batch_size
+
+    def go_on() -> bool:
+        """Before each micro-step: the run is alive, and has nobody asked it to end?"""
+        runtime.watch(60 * watchdog_minutes)
+        return not stop.cause
 
     def micro_loss(step: int, micro_step: int) -> Tensor:
         x, y = loader.batch(step, micro_step, micro_batch)
@@ -488,10 +410,11 @@ def main() -> None:
             if where.type == "cuda":
                 torch.cuda.empty_cache()
             windows = tokens_per_step // (context * ranks)
-            micro_batch = smaller_batch(micro_batch, windows)
+            micro_batch = state.micro_batch = smaller_batch(micro_batch, windows)
             micro_steps = windows // micro_batch
             say(f"going on with {micro_batch} x {micro_steps} micro-steps; same tokens")
 
+    # --- compile, with one guarded step: torch.compile fails when it is first called, not before
     def first_step() -> None:
         micro_loss(state.iter_num, 0)
         mean_loss(model, [next(iter(val_batches()))], autocast)
@@ -519,35 +442,31 @@ def main() -> None:
     for stale in out.glob("*.pt.tmp"):  # of a process that was killed
         stale.unlink()
     metrics = out / "metrics.jsonl"
-    if init_from == "resume":
-        keep_records(metrics, state.iter_num)
+    if resumed:
+        runlog.keep_records(metrics, state.iter_num)
         for found, newer in checkpoint.steps_saved(out):
             if found > state.iter_num:  # passed over for damage above
                 os.replace(newer, newer.with_name(newer.name + ".damaged"))
     else:
-        for old in [*(path for _, path in checkpoint.steps_saved(out)), out / "best.pt", metrics]:
+        for old in [*checkpoint.checkpoints(out), metrics]:
             old.unlink(missing_ok=True)
-    checkpoint.write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-    send = wandb_logger(config, state)
+    runlog.write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    name = wandb_run_name or out.name
+    wandb = runlog.Wandb(wandb_log, wandb_project, name, config, state.wandb_run_id)
+    state.wandb_run_id = wandb.run_id
+    if wandb.problem:
+        say(wandb.problem)
     saver = checkpoint.Saver(out, keep_last, milestone_interval)
-    last_saved, saved_at = state.iter_num if init_from == "resume" else -1, time.monotonic()
+    last_saved, saved_at = state.iter_num if resumed else -1, time.monotonic()
 
     def log(record: dict[str, Any], line: str) -> None:
-        say(line)
-        try:
-            with metrics.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
-        except OSError as e:
-            say(f"WARNING  {metrics} not written: {e}")
-        send(record)
+        for text in (line, runlog.add_record(metrics, record), wandb.log(record)):
+            if text:
+                say(text)
 
-    def save() -> None:
-        nonlocal last_saved, saved_at
-        if saver.problem:
-            say(f"WARNING  {saver.problem}; training goes on without a new checkpoint")
-        if last_saved == state.iter_num and not saver.problem:
-            return
-        contents = {
+    def contents() -> dict[str, Any]:
+        """All that a checkpoint holds."""
+        return {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
@@ -560,7 +479,12 @@ def main() -> None:
             "tokenizer": {"name": tok.name, "vocab_size": tok.vocab_size, "json": tok.json_text},
             "train_state": asdict(state),
         }
-        saver.save(state.iter_num, contents)
+
+    def save() -> None:
+        nonlocal last_saved, saved_at
+        if last_saved == state.iter_num and not saver.problem:
+            return
+        saver.save(state.iter_num, contents())
         last_saved, saved_at = state.iter_num, time.monotonic()
 
     def out_of_time() -> bool:
@@ -570,9 +494,13 @@ def main() -> None:
     bar = tqdm(total=max_iters, initial=state.iter_num, disable=None, unit="step", leave=False)
     loop_started, first = time.perf_counter(), state.iter_num
     clock_s, clock_steps, left_out = 0.0, 0, 0  # left_out: updates in a row
+    best_before = state.best_val_loss  # of the best.pt before the last one
+    failure = ""
     model.train()
     while True:
         step = state.iter_num
+        while saver.unsaid:
+            say(f"WARNING  {saver.unsaid.pop(0)}; training goes on without a new checkpoint")
         at_eval = step % eval_interval == 0 or step >= max_iters
         if (
             at_eval
@@ -581,20 +509,29 @@ def main() -> None:
             or time.monotonic() - saved_at > 60 * checkpoint_minutes
         ):
             save()  # before evaluation: what fails there costs nothing
-        if at_eval and stop.signal is None:
-            val_loss = in_memory(lambda: mean_loss(model, val_batches(), autocast))
+        if at_eval:
+            val_loss = in_memory(lambda: mean_loss(model, val_batches(), autocast, go_on))
+            if val_loss is None:
+                break  # asked to end; what was evaluated is evaluated again on resume
             record = {"iter": step, "tokens": step * tokens_per_step, "val_loss": val_loss}
             line = f"step {step:>6} | val loss {val_loss:.4f}"
             if val_data.nbytes:
                 per_byte = val_loss * val_data.tokens / val_data.nbytes / math.log(2)
                 record["val_bits_per_byte"] = per_byte
                 line += f" | {per_byte:.4f} bits per byte"
-            if math.isfinite(val_loss) and val_loss < (state.best_val_loss or math.inf):
-                state.best_val_loss = val_loss
-                saver.mark_best(step)
+            if saver.best_failed:
+                state.best_val_loss = best_before
+            if val_loss < (state.best_val_loss or math.inf):
+                best_before, state.best_val_loss = state.best_val_loss, val_loss
+                saver.save_best(contents())
                 line += " | best"
             log(record, line)
-        if step >= max_iters or stop.signal is not None or out_of_time():
+        if step >= max_iters or stop.cause or out_of_time():
+            break
+        try:
+            train_data.check_size()
+        except (ValueError, OSError) as e:
+            failure = str(e)
             break
 
         t0 = time.perf_counter()
@@ -608,18 +545,20 @@ def main() -> None:
             """Mean loss of the step, its gradients left in the parameters; None when stopped."""
             torch.manual_seed(key_of(seed, step, rank) % 2**63)  # dropout, resumed or not
             total = torch.zeros((), device=where)
+            # The first update allocates AdamW's moments, too late to try again: room for them now.
+            room = None if optimizer.state else torch.empty(2 * num_parameters(model), device=where)
             for micro_step in range(micro_steps):
-                if stop.signal is not None:
+                if not go_on():
                     return None  # a step can take longer than the grace after a signal
                 # The model's loss is a mean over its micro-batch. Gradients add up over
                 # micro-batches, so each is divided by their number: the sum is then the gradient
                 # of the mean over the whole step, whatever the micro-batch size.
                 total += micro_loss(step, micro_step)
+            del room
             return total / micro_steps
 
         mean = in_memory(accumulate)
         if mean is None:
-            optimizer.zero_grad(set_to_none=True)
             break
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
@@ -637,7 +576,7 @@ def main() -> None:
             if left_out >= max_skipped:
                 windows = order.starts(step, 0, tokens_per_step // context).tolist()
                 report = {"iter": step, "loss": loss, "grad_norm": grad_norm, "windows": windows}
-                checkpoint.write_text(out / "bad_step.json", json.dumps(report))
+                runlog.write_text(out / "bad_step.json", json.dumps(report))
                 saver.wait()
                 raise ValueError(
                     f"{left_out} updates in a row were left out, the last at step {step} ({why}); "
@@ -650,7 +589,8 @@ def main() -> None:
             state.recent_losses = [*state.recent_losses, loss][-SPIKE_WINDOW:]
         clock_s, clock_steps = clock_s + time.perf_counter() - t0, clock_steps + 1
         state.iter_num += 1
-        bar.update()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            bar.update()
         if step % log_interval == 0:
             speed = clock_steps * tokens_per_step / clock_s
             flops = clock_steps * flops_per_step / clock_s
@@ -671,15 +611,19 @@ def main() -> None:
     # --- the end, by itself or by a signal
     save()
     saver.wait()
-    bar.close()
+    with contextlib.suppress(OSError):
+        bar.close()
     if saver.problem:
         raise OSError(f"{saver.problem}; the updates since the last checkpoint are lost")
+    again = shlex.join(["python", *sys.argv, "--init_from=resume"])  # later flags win
+    if failure:
+        raise ValueError(f"{failure}. The {state.iter_num} updates so far are saved; then: {again}")
     if state.iter_num < max_iters:
-        cause = stop.signal.name if stop.signal else f"time_limit={time_limit}"
-        again = shlex.join(["python", *sys.argv, "--init_from=resume"])  # later flags win
+        cause = stop.cause or f"time_limit={time_limit}"
         say(f"stopped by {cause} after {state.iter_num} updates, all saved; go on: {again}")
     else:
-        draw_losses(metrics, out / "loss.png")
+        if problem := runlog.draw_losses(metrics, out / "loss.png"):
+            say(problem)
         best = f"best val loss {state.best_val_loss:.4f}, " if state.best_val_loss else ""
         say(f"done: {best}{state.skipped} updates left out, all in {out}")
     sys.exit(stop.exit_code())

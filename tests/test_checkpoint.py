@@ -1,6 +1,7 @@
 """Checkpoints: what torch.save and torch.load let pass, and files of other people."""
 
 import dataclasses
+import json
 import os
 import random
 
@@ -114,14 +115,18 @@ def test_no_checkpoint_says_what_to_type(tmp_path):
         checkpoint.load_newest(tmp_path)
 
 
-def test_a_second_name_survives_the_first(tmp_path):
-    checkpoint.save(tmp_path / "ckpt_1.pt", state())
-    checkpoint.link(tmp_path / "ckpt_1.pt", tmp_path / "best.pt")
-    checkpoint.save(tmp_path / "ckpt_2.pt", state(seed=1))
-    checkpoint.link(tmp_path / "ckpt_2.pt", tmp_path / "best.pt")
-    wanted = logits(tmp_path / "ckpt_2.pt")
-    (tmp_path / "ckpt_2.pt").unlink()
-    assert torch.equal(logits(tmp_path / "best.pt"), wanted)
+def test_one_damaged_block_does_not_spoil_the_last_and_the_best(tmp_path):
+    """As two names of one file they would be lost together."""
+    saver = checkpoint.Saver(tmp_path, keep_last=2)
+    saver.save(1, state())
+    saver.save_best(state())
+    saver.wait()
+    data = bytearray((tmp_path / "ckpt_1.pt").read_bytes())
+    data[2000] ^= 1
+    with open(tmp_path / "ckpt_1.pt", "r+b") as f:  # in place, as a disk would
+        f.write(data)
+    path, _, problems = checkpoint.load_newest(tmp_path)
+    assert path.name == "best.pt" and "ckpt_1.pt" in problems[0]
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "model."])
@@ -206,3 +211,59 @@ def test_nan_weights_are_called_so(tmp_path):
     torch.save(bad, tmp_path / "nan.pt")
     with pytest.raises(ValueError, match="NaN"):
         logits(tmp_path / "nan.pt")
+
+
+def save_safetensors(folder, **changes):
+    """Our weights as Hugging Face writes a Llama, its config.json beside them."""
+    from safetensors.torch import save_file
+
+    ours = state(seed=3)["model"]
+    weights = {"model." + k: v.clone() for k, v in ours.items() if k != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {f.name: getattr(SIZE, f.name) for f in dataclasses.fields(SIZE)}
+    config |= {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": True}
+    config |= {"rope_parameters": {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}}
+    text = json.dumps({k: v for k, v in (config | changes).items() if k != "dropout"})
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    return folder / "model.safetensors"
+
+
+def test_safetensors_with_a_config_json(tmp_path):
+    path = save_safetensors(tmp_path)
+    checkpoint.save(tmp_path / "ours.pt", state(seed=3))
+    assert torch.equal(logits(path), logits(tmp_path / "ours.pt"))
+    assert checkpoint.model_config(checkpoint.load(path), path) == SIZE
+
+
+@pytest.mark.parametrize(
+    ("hurt", "word"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json"),
+        (lambda f: (f / "config.json").write_text("[]", encoding="utf-8"), "config.json"),
+        (lambda f: os.truncate(f / "model.safetensors", 3000), "truncated"),
+        (lambda f: save_safetensors(f, attention_bias=True), "attention_bias"),
+        (
+            lambda f: save_safetensors(
+                f, rope_scaling={"rope_type": "llama3"}, rope_parameters=None
+            ),
+            "rope_scaling",
+        ),
+        (lambda f: save_safetensors(f, hidden_size=64), "shapes"),
+    ],
+)
+def test_safetensors_that_cannot_be_used(tmp_path, hurt, word):
+    path = save_safetensors(tmp_path)
+    hurt(tmp_path)
+    with pytest.raises(ValueError, match=word) as error:
+        logits(path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_model_to_be_loaded_is_not_initialised_first(tmp_path, monkeypatch):
+    """Random numbers for 303M parameters take seconds."""
+    drawn = []
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, *a, **k: drawn.append(1) or self)
+    saved = {"model": state()["model"], "model_args": dataclasses.asdict(SIZE)}
+    drawn.clear()
+    model = checkpoint.load_model(tmp_path / "a.pt", saved)
+    assert not drawn and torch.equal(model.cos, GPT(SIZE).cos) and drawn

@@ -68,17 +68,95 @@ def test_losses_do_not_depend_on_the_micro_batch_or_on_evaluation(script, tiny, 
 OPTIONS = ["--tie_word_embeddings=False", "--qk_norm=True", "--attention_bias=True"]
 
 
-@pytest.mark.parametrize("more", [[], ["--dropout=0.1"], ["--dtype=bfloat16", *OPTIONS]])
-def test_resume_goes_on_to_the_bit(script, tiny, tmp_path, more):
+def same(a, b, at=""):
+    """Equal to the bit, whatever is nested in what; the message says where not."""
+    assert type(a) is type(b), at
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), at
+    elif isinstance(a, dict):
+        assert list(a) == list(b), at
+        for key in a:
+            same(a[key], b[key], f"{at}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), at
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            same(*pair, f"{at}/{i}")
+    else:
+        assert a == b, at
+
+
+CLOCK = ("elapsed_s", "tokens_per_s", "tflops", "mfu")  # what no two runs have in common
+
+
+def log_of(out):
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in r.items() if k not in CLOCK} for r in map(json.loads, lines)]
+
+
+def resume_everywhere(script, flags, tmp_path, steps):
+    """Run to the end once, then again from each of `steps`: all that is left must be the same."""
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    flags = [*flags, "--checkpoint_interval=1", "--keep_last=20"]
+    result = script("train.py", *flags)
+    assert result.code == 0, result.err
+    for step in steps:
+        shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir()
+        for name in (f"ckpt_{step}.pt", "metrics.jsonl"):
+            shutil.copy(out / name, copy)
+        result = script("train.py", *flags, f"--out_dir={copy}", "--init_from=resume")
+        assert result.code == 0, result.err
+        assert f"at {step} updates" in result.out or step == 0
+        for name in ("ckpt_12.pt", "best.pt"):
+            states = [checkpoint.load(folder / name) for folder in (out, copy)]
+            for state in states:
+                del state["config"]  # names the folder
+            same(*states, name)
+        assert log_of(copy) == log_of(out)
+
+
+@pytest.mark.parametrize(
+    ("more", "steps"),
+    [
+        ([], range(12)),
+        (["--dropout=0.1"], range(12)),
+        (["--dtype=bfloat16", *OPTIONS], (1, 6, 11)),
+        (["--dtype=bfloat16", "--dropout=0.1"], (1, 6, 11)),
+        (["--skip_spike=3", "--grad_clip=0"], (1, 6, 11)),
+    ],
+)
+def test_resume_goes_on_to_the_bit(script, tiny, tmp_path, more, steps):
     """nanoGPT reseeds and replays the data of step 0."""
-    assert script("train.py", *tiny, *more).code == 0
-    whole, losses = weights(tmp_path / "out" / "ckpt_12.pt"), records(tmp_path)
-    val = records(tmp_path, "val_loss")
-    (tmp_path / "out" / "ckpt_12.pt").unlink()
-    result = script("train.py", *tiny, *more, "--init_from=resume")
-    assert result.code == 0 and "at 6 updates" in result.out
-    assert equal(weights(tmp_path / "out" / "ckpt_12.pt"), whole)
-    assert records(tmp_path) == losses and records(tmp_path, "val_loss") == val
+    resume_everywhere(script, [*tiny, *more], tmp_path, steps)
+
+
+@pytest.mark.slow
+def test_resume_goes_on_to_the_bit_compiled(script, tiny, tmp_path):
+    """A compiled run equals compiled ones, with dropout."""
+    more = ["--compile=True", "--dropout=0.1", "--num_hidden_layers=1"]
+    resume_everywhere(script, [*tiny, *more], tmp_path, [5])
+    assert "compile  took" in script("train.py", *tiny, *more, "--overwrite=True").out
+
+
+def test_resume_goes_on_to_the_bit_with_a_loss_scale(script, tiny, tmp_path, monkeypatch):
+    """float16, which a CPU has no use for: the scale and its counter come back."""
+    import runtime
+
+    monkeypatch.setattr(runtime, "select_dtype", lambda *a: (torch.float16, "for this test"))
+    resume_everywhere(script, tiny, tmp_path, [1, 7])
+    scaler = checkpoint.load(tmp_path / "copy" / "ckpt_12.pt")["scaler"]
+    assert scaler["scale"] > 1 and scaler["_growth_tracker"] > 0
+
+
+def test_evaluation_and_logs_never_change_the_weights(script, tiny, tmp_path):
+    """In nanoGPT evaluation draws from the generator that draws the training data."""
+    want = None
+    for more in ([], ["--eval_interval=5"], ["--eval_iters=1"], ["--log_interval=7"]):
+        assert script("train.py", *tiny, "--dropout=0.1", *more, "--overwrite=True").code == 0
+        state = checkpoint.load(tmp_path / "out" / "ckpt_12.pt")
+        got = {k: state[k] for k in ("model", "optimizer")}
+        want = want or got
+        same(got, want)
 
 
 def test_resume_passes_over_a_damaged_checkpoint(script, tiny, tmp_path):

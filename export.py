@@ -164,7 +164,7 @@ def model_card(
             )
         lines += table("data", data)
         lines += table("training", {k: settings[k] for k in CARD_SETTINGS if k in settings})
-    losses = [r for r in read_losses(run) if r["iter"] <= state.get("iter_num", 0)]
+    losses = [r for r in read_losses(run) if r["iter"] <= state.get("iter_num", -1)]
     if losses:
         every = max(1, len(losses) // 10)
         shown = [*losses[:-1:every], losses[-1]]
@@ -247,6 +247,7 @@ def main() -> None:
             f"has {tok.vocab_size} ids: it was trained with another one"
         )
     weights, config = published(model, tok)
+    Path(output or run / to).parent.mkdir(parents=True, exist_ok=True)
     name = push.split("/")[-1] or (path if path.is_dir() else run).resolve().name
     names: list[str] = []
     if to == "hf":

@@ -110,7 +110,7 @@ def model_config(raw: dict[str, Any], where: str) -> GPTConfig:
             problems.append(f"{name} {SHORT.repr(value)}")
         return bool(value)
 
-    rope = raw.get("rope_parameters")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling")
     rope = rope if isinstance(rope, dict) and "rope_theta" in rope else raw
     hidden, heads = number("hidden_size"), number("num_attention_heads")
     values = {
@@ -204,16 +204,34 @@ def read_weights(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     Raises ValueError naming what is missing, left over, of another shape or type, or not finite.
     """
     paths = weight_files(folder)
+    wanted = check_headers(paths, folder, config)
+    weights = {}
+    for path in paths:
+        with open_weights(path) as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if our_key(key) in wanted:
+                    weights[our_key(key)] = file.get_tensor(key).float()
+    bad = [k for k, v in weights.items() if not bool(v.isfinite().all())]
+    if bad:
+        raise ValueError(f"weights in {folder}: {bad[0]} is NaN or infinite")
+    return weights
+
+
+def check_headers(paths: list[Path], folder: Path, config: GPTConfig) -> set[str]:
+    """The names of the model's tensors, once the files' headers have shown them all to be there.
+
+    Raises ValueError naming what is missing, left over, or of another shape or type.
+    """
     shapes: dict[str, list[int]] = {}
     problems = []
     for path in paths:
         with open_weights(path) as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
+            for key in file.keys():  # noqa: SIM118
                 part = file.get_slice(key)
                 if our_key(key) in shapes:
-                    problems.append(f"{key} twice")
+                    problems.append(f"{SHORT.repr(key)} twice")
                 if part.get_dtype() not in DTYPES:
-                    problems.append(f"{key} in {part.get_dtype()}")
+                    problems.append(f"{SHORT.repr(key)} in {part.get_dtype()}")
                 shapes[our_key(key)] = part.get_shape()
     # a layer has nine tensors or more: sizes made up in config.json end here, before they cost
     if len(shapes) < 9 * config.num_hidden_layers:
@@ -227,23 +245,16 @@ def read_weights(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     if config.tie_word_embeddings:
         optional.add("lm_head.weight")
     problems += [f"no {k}" for k in wanted if k not in shapes and k not in optional]
-    problems += [f"{k}, unknown" for k in shapes if k not in wanted and k not in optional]
+    problems += [
+        f"{SHORT.repr(k)}, unknown" for k in shapes if k not in wanted and k not in optional
+    ]
     for key in wanted:
         if key in shapes and shapes[key] != wanted[key]:
             problems.append(f"{key} of {shapes[key]}, not {wanted[key]}")
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"weights in {folder}: {', '.join(problems[:4])}{more}")
-    weights = {}
-    for path in paths:
-        with open_weights(path) as file:
-            for key in file.keys():  # noqa: SIM118
-                if our_key(key) in wanted:
-                    weights[our_key(key)] = file.get_tensor(key).float()
-    bad = [k for k, v in weights.items() if not bool(v.isfinite().all())]
-    if bad:
-        raise ValueError(f"weights in {folder}: {bad[0]} is NaN or infinite")
-    return weights
+    return set(wanted)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -315,7 +326,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     spec = read_json(path)
-    tok = get_tokenizer(str(path.resolve()))
+    tok = get_tokenizer(path.name, folder)
     for name, size in (("bytes", 257), ("gpt2", 50257)):
         if tok.vocab_size == size:
             try:
@@ -338,14 +349,16 @@ class ByteLevelBPE(NamedTuple):
 def byte_level_bpe(spec: dict[str, Any]) -> ByteLevelBPE | None:
     """The contents of a tokenizer.json of GPT-2's kind and pattern, None for another."""
     model, pre = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
-    odd = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk")
+    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     if (
-        model.get("type") != "BPE"
+        model.get("type", "BPE") != "BPE"  # GPT-2's own file does not say
+        or "merges" not in model
         or pre.get("type") != "ByteLevel"
         or pre.get("add_prefix_space", True)
         or not pre.get("use_regex", True)
         or spec.get("normalizer")
-        or any(model.get(k) for k in (*odd, "byte_fallback", "ignore_merges"))
+        or any(model.get(k) for k in odd)
+        or not byte_characters().keys() <= model["vocab"].keys()  # else some text is unknown
     ):
         return None
     added = {t["content"]: (t["id"], t["special"]) for t in spec.get("added_tokens") or []}

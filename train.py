@@ -36,9 +36,7 @@ from tokenizer import Tokenizer, get_tokenizer
 
 # the run
 out_dir = "out"  # where checkpoints and logs go
-init_from = (
-    "scratch"  # scratch, resume (newest good one of out_dir), PATH.pt, hf:FOLDER, hf:USER/NAME
-)
+init_from = "scratch"  # scratch, resume (newest good one of out_dir), PATH.pt, hf:FOLDER or NAME
 overwrite = False  # let a run from scratch replace the run that out_dir holds
 seed = 1337  # of initial weights, data order and dropout
 # data

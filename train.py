@@ -372,7 +372,7 @@ def main() -> None:
         f"run      {max_iters:,} updates of {tokens_per_step:,} tokens ({micro_batch} x {context} "
         f"x {micro_steps} micro-steps), {order.epochs(max_iters):.2f} epochs, seed {seed}"
     )
-    if not meta["splits"]:
+    if not (folder / "meta.json").exists():
         say(f"data     {folder} has no meta.json: taken for GPT-2 tokens in uint16")
     say(f"machine  {runtime.describe(where)}; {number} ({why})".replace("torch.", ""))
     if resumed:

@@ -7,7 +7,6 @@ EasyGPT's files; `tokenizer` and `train_state` are ours.
 
 import contextlib
 import dataclasses
-import json
 import os
 import pickle
 import re
@@ -182,8 +181,6 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    if path.suffix == ".safetensors":
-        return load_safetensors(path)
     check(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -200,49 +197,6 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} has no 'model' (its keys are {keys}, ...); a bare state dict does not tell "
             "the model's sizes"
         )
-    return state
-
-
-def load_safetensors(path: Path) -> dict[str, Any]:
-    """The weights of a .safetensors file as a checkpoint, sizes from the config.json beside it.
-
-    The words of a Hugging Face Llama's config.json are our model fields. A tokenizer.json beside
-    it counts, too. Raises ValueError for a damaged file, a missing config.json, and a model that
-    computes anything else than ours.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is truncated, damaged or not a safetensors file ({e})") from e
-    try:
-        config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-        heads = config["num_attention_heads"]
-        args = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        args |= {k: rope[k] for k in ("rope_theta",) if k in rope}
-        names = {f.name for f in dataclasses.fields(GPTConfig)} - {"dropout"}
-        args |= {k: v for k, v in config.items() if k in names and v is not None}
-        plain = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-        odd = {k: config[k] for k, v in plain.items() if config.get(k, v) != v}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            odd["rope_scaling"] = rope
-    except OSError as e:
-        raise ValueError(
-            f"{path} does not tell the model's sizes; put the same model's config.json (Hugging "
-            "Face Llama's words: hidden_size, num_hidden_layers, ...) beside it"
-        ) from e
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-        raise ValueError(f"{path.with_name('config.json')} is not a Llama's ({e!r})") from e
-    if odd:
-        raise ValueError(f"{path} is of another kind of model: {odd}")
-    state: dict[str, Any] = {"model": weights, "model_args": args}
-    tokenizer = path.with_name("tokenizer.json")
-    if tokenizer.exists():
-        text = tokenizer.read_text(encoding="utf-8")
-        state["tokenizer"] = {"name": "tokenizer.json", "json": text}
     return state
 
 
@@ -297,7 +251,9 @@ def clean_state_dict(state_dict: dict[str, Tensor], tied: bool = True) -> dict[s
             clean[key] = value
     if tied and "embed_tokens.weight" in clean:
         table = clean["embed_tokens.weight"]
-        if not torch.equal(clean.setdefault("lm_head.weight", table), table):
+        head = clean.setdefault("lm_head.weight", table)
+        # one memory is one tensor; NaN equals nothing, itself included
+        if head.data_ptr() != table.data_ptr() and not torch.equal(head, table):
             raise ValueError("its lm_head and embed_tokens differ (tie_word_embeddings=False?)")
     return clean
 

@@ -20,10 +20,12 @@ from torch import Tensor
 import checkpoint
 import gguf_writer
 import hf
+import pretrained
+import runlog
 import runtime
 from configurator import configure
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer, get_tokenizer
+from tokenizer import Tokenizer
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is exported
@@ -78,9 +80,9 @@ def to_hf(
     folder.mkdir(parents=True, exist_ok=True)
     hf.write_weights(folder / "model.safetensors", weights, DTYPES[dtype])
     for name, value in files.items():
-        checkpoint.write_text(folder / name, json.dumps(value, indent=2) + "\n")
-    checkpoint.write_text(folder / "tokenizer.json", text)
-    checkpoint.write_text(folder / "README.md", card)
+        runlog.write_text(folder / name, json.dumps(value, indent=2) + "\n")
+    runlog.write_text(folder / "tokenizer.json", text)
+    runlog.write_text(folder / "README.md", card)
     return ["model.safetensors", "tokenizer.json", "README.md", *files]
 
 
@@ -228,24 +230,10 @@ def main() -> None:
         raise ValueError(f"dtype must be {', '.join(known)} for --to={to}, not {dtype!r}")
     if push and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise ValueError(f"push must be USER/NAME, not {push!r}")
-    run = Path(out_dir)
-    if init_from == "resume":
-        path, state, problems = checkpoint.load_newest(run)
-        for problem in problems:
-            print(f"passed over: {problem}", file=sys.stderr)
-    elif init_from.startswith(hf.PREFIX):
-        path, state = hf.load(init_from)
-    else:
-        path = Path(init_from)
-        state, run = checkpoint.load(path), path.parent
-    model = checkpoint.load_model(path, state)
-    saved = state.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files have none
-    tok = get_tokenizer(saved["name"], json_text=saved["json"])
-    if tok.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{path} has a vocabulary of {model.config.vocab_size}, but its tokenizer {tok.name!r} "
-            f"has {tok.vocab_size} ids: it was trained with another one"
-        )
+    path, model, tok, state, problems = pretrained.load(init_from, out_dir)
+    for problem in problems:
+        print(f"passed over: {problem}", file=sys.stderr)
+    run = path.parent if init_from.endswith(".pt") else Path(out_dir)
     weights, config = published(model, tok)
     Path(output or run / to).parent.mkdir(parents=True, exist_ok=True)
     name = push.split("/")[-1] or (path if path.is_dir() else run).resolve().name

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import hf
+import pretrained
 import runtime
 from configurator import configure
 from model import GPT, check_sampling
-from tokenizer import StreamDecoder, Tokenizer, get_tokenizer
+from tokenizer import StreamDecoder, Tokenizer
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is used
@@ -101,24 +100,10 @@ def main() -> None:
         read_prompt(start)
     where = runtime.select_device(device)
     number, _ = runtime.select_dtype(dtype, where)
-    if init_from == "resume":
-        path, state, problems = checkpoint.load_newest(Path(out_dir))
-        for problem in problems:
-            print(f"passed over: {problem}", file=sys.stderr)
-    elif init_from.startswith(hf.PREFIX):
-        path, state = hf.load(init_from)
-    else:
-        path = Path(init_from)
-        state = checkpoint.load(path)
-    model = checkpoint.load_model(path, state).to(where)
-    saved = state.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files have none
-    tok = get_tokenizer(saved["name"], json_text=saved["json"])
-    del state
-    if tok.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{path} has a vocabulary of {model.config.vocab_size}, but its tokenizer {tok.name!r} "
-            f"has {tok.vocab_size} ids: it was trained with another one"
-        )
+    path, model, tok, _, problems = pretrained.load(init_from, out_dir)
+    for problem in problems:
+        print(f"passed over: {problem}", file=sys.stderr)
+    model.to(where)
     print(f"{path}, {tok.name} tokens, {runtime.describe(where)}", file=sys.stderr)
 
     generator = torch.Generator(where).manual_seed(seed)

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-import hf
+import pretrained
 import runlog
 import runtime
 from configurator import configure, settings_of
@@ -300,7 +300,7 @@ def main() -> None:
     origin = init_from
     resumed = init_from == "resume"
     if resumed:
-        path, start, problems = checkpoint.load_newest(out)
+        path, start, problems = pretrained.read(init_from, out_dir)
         for problem in problems:
             say(f"passed over: {problem}")
         if "train_state" not in start:
@@ -319,11 +319,7 @@ def main() -> None:
         if start["config"]["batch_size"] != batch_size:
             state.micro_batch = 0  # the user knows better
     elif init_from != "scratch":
-        path = Path(init_from)
-        if init_from.startswith(hf.PREFIX):
-            path, start = hf.load(init_from)
-        else:
-            start = checkpoint.load(path)
+        path, start, _ = pretrained.read(init_from, out_dir)
         check_same_tokenizer(start, tok, path)
         theirs = checkpoint.model_config(start, path)
         least = min(theirs.max_position_embeddings, size.max_position_embeddings)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import checkpoint
 import hf
+import pretrained
 from dataloader import TokenData, eval_batches
 from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
@@ -408,6 +409,19 @@ def test_a_model_that_transformers_saved_gives_its_logits(tmp_path, sizes):
     ours = imported(tmp_path)
     x = ids_for(ours)
     assert_close(ours(x, x)[0], other(x).logits)
+
+
+def test_the_safetensors_file_of_a_folder_may_be_named(script, tmp_path):
+    llama_folder(tmp_path / "whole", shard="1GB")
+    file = tmp_path / "whole" / "model.safetensors"
+    path, state, _ = pretrained.read(str(file), "")
+    same = hf.load(f"hf:{tmp_path / 'whole'}")[1]["model"]
+    assert path == tmp_path / "whole" and state["model"].keys() == same.keys()
+    assert all(torch.equal(state["model"][k], same[k]) for k in same)
+    (tmp_path / "whole" / "config.json").unlink()
+    for name, words in ((file, "config.json"), (tmp_path / "no.safetensors", "no file")):
+        result = script("sample.py", f"--init_from={name}")
+        assert result.code == 1 and words in result.err and len(result.err.splitlines()) == 1
 
 
 def test_an_older_config_with_fields_left_out(tmp_path):

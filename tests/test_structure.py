@@ -21,12 +21,21 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
     "checkpoint": {"model"},
     "hf": {"model", "tokenizer"},
     "gguf_writer": {"hf", "model"},
+    "pretrained": {"checkpoint", "hf", "model", "tokenizer"},
+    "scoring": {"model", "tokenizer"},
     "train": {
-        *("checkpoint", "configurator", "dataloader", "hf", "model", "runlog", "runtime"),
+        *("checkpoint", "configurator", "dataloader", "model", "pretrained", "runlog", "runtime"),
         "tokenizer",
     },
-    "sample": {"checkpoint", "configurator", "hf", "model", "runtime", "tokenizer"},
-    "export": {"checkpoint", "configurator", "gguf_writer", "hf", "model", "runtime", "tokenizer"},
+    "sample": {"configurator", "model", "pretrained", "runtime", "tokenizer"},
+    "export": {
+        *("checkpoint", "configurator", "gguf_writer", "hf", "model", "pretrained", "runlog"),
+        *("runtime", "tokenizer"),
+    },
+    "evaluate": {
+        *("configurator", "dataloader", "pretrained", "runlog", "runtime", "scoring"),
+        "tokenizer",
+    },
     "bench": {"configurator", "model", "runtime"},
     "data/prepare": {"configurator", "tokenizer"},
 }
@@ -116,7 +125,7 @@ def test_the_reference_config_is_the_reference_run(train_settings):
     assert s["lr_decay_iters"] in (0, 15000) and s["vocab_size"] in (0, 50304)
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "export"])
+@pytest.mark.parametrize("script", ["train", "sample", "export", "evaluate"])
 def test_help_shows_every_setting_with_its_comment(script):
     out = subprocess.run(
         [sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True

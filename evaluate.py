@@ -1,0 +1,361 @@
+"""Measure a trained model: python evaluate.py --task=val --out_dir=out
+
+val        loss on a dataset's whole validation split, in the windows that training evaluates in
+text       perplexity of the text in --file, by a window that slides; end-of-text stands before it
+hellaswag  accuracy in choosing how a text goes on (arXiv 1905.07830), 10,042 items
+lambada    accuracy in guessing a text's last word (arXiv 1606.06031; OpenAI's version), 5,153 items
+
+Results go to stdout as JSON, and to stderr as a line of a Markdown table. With --out=PATH the JSON
+goes to that file and has every item's scores, too.
+
+val counts as training does; the others count as other tools see the exported model, which has no
+vocabulary beyond the tokenizer's. HellaSwag and LAMBADA follow lm-evaluation-harness 0.4, without
+examples in the prompt (0-shot), and in float32 give its scores:
+
+- The score of an answer is the sum of the log-likelihoods of its tokens after the context. Context
+  and answer are tokenized as one text; blanks at the context's end count to the answer. What does
+  not fit in the model's window is cut off at the left. An empty context is an end-of-text.
+- HellaSwag: the context is "activity_label: ctx_a ctx_b", ctx_b capitalised; " [title]" becomes
+  ". ", what is in square brackets goes, as do double blanks; a blank and an ending follow. acc
+  counts the items whose right ending scores best; acc_norm does so after dividing the scores by the
+  endings' lengths in characters (as the harness does), acc_bytes in UTF-8 bytes.
+- LAMBADA: the context is all but the last word, words being separated by single blanks. acc counts
+  the words whose every token is the likeliest; perplexity is exp of the mean negative score.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import pretrained
+import runlog
+import runtime
+from configurator import configure
+from dataloader import TokenData, read_meta
+from pretrained import Pretrained
+from scoring import Ids, Question, Score, ask, score, sliding
+from tokenizer import Tokenizer, get_tokenizer
+
+# what
+out_dir = "out"  # folder of a training run; its newest good checkpoint is measured
+init_from = "resume"  # resume, PATH of a .pt file, or hf:FOLDER or hf:USER/NAME
+task = "val"  # val, text, hellaswag, lambada
+dataset = ""  # of val: folder under data/, or a path with a slash; empty = the one trained on
+file = ""  # the text; or hellaswag's, lambada's items as .jsonl, empty = from the Hub
+limit = 0  # of hellaswag, lambada: only so many items, the first; 0 = all
+stride = 0  # of text: tokens that the window moves by; 0 = half the model's context
+out = ""  # file for the JSON, with every item's scores; empty = stdout, without them
+# machine
+batch_size = 8  # contexts of the model's length in a batch: memory, not the result, depends on it
+device = "auto"  # auto, cpu, mps, cuda, cuda:1
+dtype = "float32"  # float32, bfloat16, float16, auto; the harness's scores are float32's
+
+ROOT = Path(__file__).resolve().parent
+HUB = {  # name, configuration and split of what lm-evaluation-harness uses
+    "hellaswag": ("Rowan/hellaswag", None, "validation"),
+    "lambada": ("EleutherAI/lambada_openai", "default", "test"),
+}
+
+
+# --- tasks
+
+
+def measure(
+    found: Pretrained, questions: Sequence[Question], vocab_size: int, number: torch.dtype
+) -> list[list[Score]]:
+    """The scores of each question's answers, with a progress bar on a terminal."""
+    model = found.model
+    most = batch_size * model.config.max_position_embeddings
+    total = sum(q.length() for q in questions)
+    bar = tqdm(total=total, unit="token", unit_scale=True, disable=None)
+    with bar, runtime.autocast(model.embed_tokens.weight.device, number):
+        return score(model, questions, vocab_size, most, bar.update)
+
+
+def measure_items(
+    found: Pretrained, items: Sequence[tuple[str, list[str]]], number: torch.dtype
+) -> list[list[Score]]:
+    """The scores of the answers of each item (context, answers)."""
+    window, asked = found.model.config.max_position_embeddings, []
+    for i, (context, answers) in enumerate(items, 1):
+        try:
+            asked.append(ask(found.tok, context, answers, window))
+        except ValueError as e:
+            raise ValueError(f"item {i}: {e}") from e
+    questions = [q for parts in asked for q in parts]
+    scores = iter(measure(found, questions, found.tok.vocab_size, number))
+    return [[s for _ in parts for s in next(scores)] for parts in asked]
+
+
+def perplexity(nats: float) -> float | None:
+    """exp of it; None where that is beyond all numbers (words in a text without blanks)."""
+    return math.exp(nats) if nats < 700 else None
+
+
+def share(name: str, right: Sequence[bool]) -> dict[str, float]:
+    """The share of items that are right, and its standard error."""
+    mean = sum(right) / len(right)
+    error = math.sqrt(mean * (1 - mean) / max(1, len(right) - 1))
+    return {name: mean, f"{name}_stderr": error}
+
+
+def stream_results(scores: list[list[Score]], tokens: int, nbytes: int) -> dict[str, Any]:
+    """Loss in nats per token, bits per byte of text, perplexity per token."""
+    nats = -math.fsum(s.loglikelihood for answers in scores for s in answers)
+    return {
+        "tokens": tokens,
+        "bytes": nbytes,
+        "loss": nats / tokens,
+        "bits_per_byte": nats / nbytes / math.log(2),
+        "perplexity": perplexity(nats / tokens),
+    }
+
+
+def run_val(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
+    """Loss on the whole validation split; each token but the first is predicted once."""
+    config = found.state.get("config") or {}
+    name = dataset or str(config.get("dataset") or "")
+    if not name:
+        raise ValueError(f"{found.path} does not tell its dataset; write --dataset=NAME")
+    folder = Path(name) if os.sep in name or "/" in name else ROOT / "data" / name
+    size = found.model.config
+    data = TokenData(folder, "val", 1, size.vocab_size)
+    theirs = get_tokenizer(read_meta(folder)["tokenizer"], folder)
+    if (theirs.name, theirs.json_text) != (found.tok.name, found.tok.json_text):
+        raise ValueError(
+            f"{found.path} has the tokenizer {found.tok.name!r}, but {folder} is in "
+            f"{theirs.name!r} or another version of it; choose another --dataset"
+        )
+    ids = data.maps[0] if len(data.maps) == 1 else np.concatenate(data.maps)
+    window = size.max_position_embeddings
+    scores = measure(found, sliding(ids, window, window), size.vocab_size, number)
+    nbytes = data.nbytes or token_bytes(ids, found.tok)
+    return {"data": str(folder), **stream_results(scores, len(ids) - 1, nbytes)}
+
+
+def token_bytes(ids: Ids, tok: Tokenizer) -> int:
+    """UTF-8 bytes of the text of ids (n,), for bins that no meta.json describes."""
+    counts = enumerate(np.bincount(ids).tolist())
+    return sum(n * len(tok.token_bytes(i, False)) for i, n in counts if n and i != tok.eot)
+
+
+def run_text(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
+    """Perplexity of a text file, each token scored once."""
+    path, tok = Path(file), found.tok
+    text = read_text(path)
+    if not text:
+        raise ValueError(f"{path} is empty: there is nothing to measure")
+    window = found.model.config.max_position_embeddings
+    step = stride or max(1, window // 2)
+    if step > window:
+        raise ValueError(f"stride must be at most the model's context, {window}, not {stride}")
+    ids = np.concatenate([[tok.eot], tok.encode_array(text)])
+    scores = measure(found, sliding(ids, window, step), tok.vocab_size, number)
+    results = stream_results(scores, len(ids) - 1, len(text.encode()))
+    words = len(text.split())
+    per_word = perplexity(results["loss"] * results["tokens"] / words) if words else None
+    return {"data": str(path), "stride": step, **results, "word_perplexity": per_word}
+
+
+def run_hellaswag(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
+    """Accuracy in choosing the right ending."""
+    where, items = read_items(check_hellaswag)
+    asked = [hellaswag_item(item) for item in items]
+    pairs = [(context, [f" {e}" for e in endings]) for context, endings in asked]
+    records: list[dict[str, Any]] = []
+    scored = measure_items(found, pairs, number)
+    for item, (_, endings), scores in zip(items, asked, scored, strict=True):
+        sums = [s.loglikelihood for s in scores]
+        gold = int(item["label"])
+        lengths = {
+            "acc": [1] * len(sums),
+            "acc_norm": [len(e) for e in endings],
+            "acc_bytes": [len(e.encode()) for e in endings],
+        }
+        hits = {name: best(sums, by) == gold for name, by in lengths.items()}
+        records.append({"label": gold, "loglikelihoods": sums, **hits})
+    shares: dict[str, float] = {}
+    for name in ("acc", "acc_norm", "acc_bytes"):
+        shares |= share(name, [r[name] for r in records])
+    return {"data": where, "items": len(items), **shares, "records": records}
+
+
+def best(sums: Sequence[float], lengths: Sequence[int]) -> int:
+    """Which score is highest by length; the first of equals. An answer without length has none."""
+    by_length = [s / n if n else -math.inf for s, n in zip(sums, lengths, strict=True)]
+    return by_length.index(max(by_length))
+
+
+def hellaswag_item(item: dict[str, Any]) -> tuple[str, list[str]]:
+    """The context and the endings as they are put to the model."""
+    context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
+    return tidy(context), [tidy(e) for e in item["endings"]]
+
+
+def tidy(text: str) -> str:
+    """HellaSwag's text without the marks that WikiHow's pages left in it."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def run_lambada(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
+    """Accuracy in guessing the last word, and its perplexity."""
+    where, items = read_items(check_lambada)
+    parts = [item["text"].rpartition(" ") for item in items]
+    pairs = [(context, [f" {word}"]) for context, _, word in parts]
+    scores = [s for [s] in measure_items(found, pairs, number)]
+    nats = -math.fsum(s.loglikelihood for s in scores) / len(scores)
+    return {
+        "data": where,
+        "items": len(items),
+        **share("acc", [s.greedy for s in scores]),
+        "perplexity": perplexity(nats),
+        "records": [{"loglikelihood": s.loglikelihood, "acc": s.greedy} for s in scores],
+    }
+
+
+TASKS = {"val": run_val, "text": run_text, "hellaswag": run_hellaswag, "lambada": run_lambada}
+
+
+# --- files
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file as it is. Raises OSError or ValueError with the path."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; write --file=PATH")
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}); save it as UTF-8") from e
+
+
+def check_hellaswag(item: dict[str, Any]) -> str:
+    """What is wrong with an item, or ""."""
+    names = ("activity_label", "ctx_a", "ctx_b")
+    if missing := [n for n in names if not isinstance(item.get(n), str)]:
+        return f"no text {missing[0]!r}"
+    endings = item.get("endings")
+    if not isinstance(endings, list) or not endings or not all(type(e) is str for e in endings):
+        return "no list of texts 'endings'"
+    if str(item.get("label")) not in map(str, range(len(endings))):
+        return f"label {item.get('label')!r} is not the number of an ending (a test split?)"
+    return ""
+
+
+def check_lambada(item: dict[str, Any]) -> str:
+    """What is wrong with an item, or ""."""
+    return "" if isinstance(item.get("text"), str) and item["text"].strip() else "no text 'text'"
+
+
+def read_items(check: Callable[[dict[str, Any]], str]) -> tuple[str, list[dict[str, Any]]]:
+    """Where the task's items are from, and the first `limit` of them, checked.
+
+    Raises OSError or ValueError naming the line.
+    """
+    if not file:
+        return hub_items(*HUB[task])
+    path = Path(file)
+    items: list[dict[str, Any]] = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        if limit and len(items) == limit:
+            break
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path} line {number} is not JSON ({e})") from e
+        problem = check(item) if isinstance(item, dict) else "not an object"
+        if problem:
+            raise ValueError(f"{path} line {number}: {problem}; this is no item of {task}")
+        items.append(item)
+    if not items:
+        raise ValueError(f"{path} has no items")
+    return str(path), items
+
+
+def hub_items(name: str, configuration: str | None, split: str) -> tuple[str, list[dict[str, Any]]]:
+    """The items of a Hub dataset."""
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, configuration, split=split)
+    except Exception as e:  # the Hub's, the network's and the disk's errors have no common class
+        reason = " ".join(str(e).split())[:200]
+        raise OSError(
+            f"the Hub did not give {name} ({type(e).__name__}: {reason}); download its items as "
+            ".jsonl and write --file=PATH, or set HF_ENDPOINT to a mirror"
+        ) from e
+    items = data.select(range(min(limit or len(data), len(data))))
+    return name, list(items)
+
+
+# --- results
+
+
+def show(value: Any) -> str:
+    """A cell of the table."""
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Head and line of a Markdown table; errors stand behind what they are of."""
+    cells: dict[str, str] = {}
+    for name, value in results.items():
+        if name.endswith("_stderr"):
+            cells[name.removesuffix("_stderr")] += f" ± {value:.4f}"
+        elif name != "records":
+            cells[name] = show(value)
+    rows = [list(cells), ["---"] * len(cells), list(cells.values())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    if task not in TASKS:
+        raise ValueError(f"task must be {', '.join(TASKS)}, not {task!r}")
+    if limit < 0 or stride < 0 or batch_size < 1:
+        raise ValueError("limit and stride must be at least 0, batch_size at least 1")
+    if task == "text" and not file:
+        raise ValueError("the text to measure is missing; write --file=PATH")
+    if out and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+        raise ValueError(f"out={out!r} is a folder, or in one that is not there")
+    where = runtime.select_device(device)
+    number, _ = runtime.select_dtype(dtype, where)
+    found = pretrained.load(init_from, out_dir)
+    for problem in found.problems:
+        print(f"passed over: {problem}", file=sys.stderr)
+    found.model.to(where)
+    print(f"{found.path}, {found.tok.name} tokens, {runtime.describe(where)}", file=sys.stderr)
+    started = time.perf_counter()
+    results = {
+        "model": str(found.path),
+        "parameters": sum(p.numel() for p in found.model.parameters()),
+        "task": task,
+        "dtype": str(number).removeprefix("torch."),
+        **TASKS[task](found, number),
+    }
+    results["seconds"] = round(time.perf_counter() - started, 2)
+    print(table(results), file=sys.stderr)
+    if out:
+        runlog.write_text(Path(out), json.dumps(results, indent=2) + "\n")
+    else:
+        results.pop("records", None)
+        print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    globals().update(configure(globals()))
+    runtime.run(main)

@@ -6,7 +6,7 @@ prepare: data/prepare.py against nanoGPT's recipe (datasets.map with encode_ordi
     then a memory map) and against tiktoken's encode_ordinary_batch alone, on the same text with
     the same number of processes or threads: MB/s, temporary disk, memory. Needs GPT-2's
     vocabulary where tiktoken finds it (a network, or TIKTOKEN_CACHE_DIR).
-save: the demo's training with a checkpoint every 25 updates against the same without.
+save: updates of the demo's training with a checkpoint among them against updates without.
 """
 
 import json
@@ -30,7 +30,7 @@ what = "prepare"  # what to measure; see above
 repeats = 3  # times each variant is run
 text = ""  # prepare: a .jsonl of {"text": ...}; empty = the embedded corpus, repeated to 64 MB
 num_proc = 2  # prepare: processes or threads of every variant
-steps = 400  # save: updates of a run
+steps = 600  # save: updates of a run
 
 ROOT = Path(__file__).resolve().parent
 CORPUS_BYTES, DOCUMENT_BYTES = 64e6, 5000
@@ -234,45 +234,37 @@ def bench_prepare(folder: Path) -> None:
     print(f"\ndata/prepare.py, end to end, has {share:.0%} of the speed of tiktoken alone")
 
 
-def train_seconds(flags: list[str]) -> float:
-    """Wall-clock seconds of a demo training between its first and last logged update."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        fixed = [
-            f"--out_dir={out}",
-            f"--max_iters={steps}",
-            "--warmup_iters=10",
-            "--log_interval=1",
-        ]
-        fixed += ["--eval_iters=1", "--eval_interval=1000000"]
-        run(["train.py", "config/train_demo.py", *fixed, *flags], out)
+def bench_save(folder: Path) -> None:
+    """What a checkpoint every 25 updates costs a training run on the demo's config.
+
+    One run saves every 50 updates: 25 updates with a save are compared with the 25 after them.
+    """
+    out = folder / "out"
+    flags = [f"--out_dir={out}", f"--max_iters={steps}", "--warmup_iters=10", "--log_interval=1"]
+    flags += ["--eval_iters=1", "--eval_interval=1000000", "--checkpoint_interval=50"]
+    costs = []
+    for i in range(repeats):
+        run(["train.py", "config/train_demo.py", *flags], out)
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [r for r in map(json.loads, lines) if "loss" in r]
-        seconds: float = records[-1]["elapsed_s"] - records[20]["elapsed_s"]
-        return seconds
-
-
-def bench_save() -> None:
-    """What writing a checkpoint every 25 updates costs a training run on the demo's config."""
-    every: list[float] = []
-    never: list[float] = []
-    for _ in range(repeats):
-        never.append(train_seconds([]))
-        every.append(train_seconds(["--checkpoint_interval=25"]))
-        print(f"without {never[-1]:.2f} s, with {every[-1]:.2f} s", flush=True)
-    ratio = statistics.median(b / a for a, b in zip(never, every, strict=True))
-    print(f"save every 25 updates: {ratio - 1:+.2%} of the run's time (median of {repeats})")
+        ends = [r["elapsed_s"] for r in map(json.loads, lines) if "loss" in r]
+        blocks = [ends[k + 24] - ends[k - 1] for k in range(50, len(ends) - 24, 25)]
+        pairs = list(zip(blocks[::2], blocks[1::2], strict=False))
+        costs += [with_save / without - 1 for with_save, without in pairs]
+        print(f"{i + 1}/{repeats}  {len(pairs)} pairs, {ends[-1]:.1f} s", flush=True)
+    low, middle, high = statistics.quantiles(costs, n=4)
+    print(
+        f"a save every 25 updates costs {middle:+.2%} of the time "
+        f"(median of {len(costs)} pairs; quartiles {low:+.2%}, {high:+.2%})"
+    )
 
 
 def main() -> None:
     if what not in ("prepare", "save"):
         raise ValueError(f"what must be prepare or save, not {what!r}")
-    if repeats < 1 or steps < 50 or num_proc < 1:
-        raise ValueError("repeats and num_proc must be at least 1, and steps at least 50")
-    if what == "save":
-        return bench_save()
+    if repeats < 1 or steps < 100 or num_proc < 1:
+        raise ValueError("repeats and num_proc must be at least 1, and steps at least 100")
     with tempfile.TemporaryDirectory() as folder:
-        bench_prepare(Path(folder))
+        {"prepare": bench_prepare, "save": bench_save}[what](Path(folder))
 
 
 if __name__ == "__main__":

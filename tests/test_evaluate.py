@@ -481,13 +481,11 @@ def test_the_hub(run, evaluate, script, monkeypatch):
 
 # --- lm-evaluation-harness
 
-HARNESS = """\
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-"""
 HELLASWAG = """\
+task: my_endings
+dataset_path: json
+dataset_kwargs: {data_files: {test: /path/to/items.jsonl}}
+test_split: test
 output_type: multiple_choice
 process_docs: !function protocol.process_docs
 doc_to_text: "{{query}}"
@@ -495,12 +493,13 @@ doc_to_target: "{{label}}"
 doc_to_choice: choices
 metric_list: [{metric: acc}, {metric: acc_norm}, {metric: acc_bytes}]
 """
-LAMBADA = """\
-output_type: loglikelihood
-doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
-doc_to_target: "{{' '+text.split(' ')[-1]}}"
-metric_list: [{metric: perplexity}, {metric: acc}]
-"""
+
+
+def readmes_task():
+    """The task file that README.md shows, which is LAMBADA's protocol."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.search(r"^    task: my_words\n(?:    .*\n)+", text, flags=re.M)[0]
+    return re.sub("^    ", "", lines, flags=re.M)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="pip install lm_eval")
@@ -516,12 +515,12 @@ def test_scores_are_lm_evaluation_harness_s(run, evaluate, reference, tmp_path):
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     (tasks / "protocol.py").write_text("from lm_eval.tasks.hellaswag.utils import process_docs\n")
-    for name, rest in (("hellaswag", HELLASWAG), ("lambada", LAMBADA)):
-        text = HARNESS.format(name=f"local_{name}", file=files[name].as_posix()) + rest
+    for name, text in (("hellaswag", HELLASWAG), ("lambada", readmes_task())):
+        text = re.sub(r"/path/to/\S+\.jsonl", files[name].as_posix(), text)
         (tasks / f"{name}.yaml").write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
     command += ["--model_args", f"pretrained={folder},dtype=float32", "--batch_size", "8"]
-    command += ["--tasks", "local_hellaswag,local_lambada", "--include_path", str(tasks)]
+    command += ["--tasks", "my_endings,my_words", "--include_path", str(tasks)]
     command += ["--log_samples", "--output_path", str(tmp_path / "theirs")]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
@@ -529,8 +528,9 @@ def test_scores_are_lm_evaluation_harness_s(run, evaluate, reference, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     theirs = {}
+    named = {"hellaswag": "my_endings", "lambada": "my_words"}
     for name in files:
-        [path] = (tmp_path / "theirs").rglob(f"samples_local_{name}_*.jsonl")
+        [path] = (tmp_path / "theirs").rglob(f"samples_{named[name]}_*.jsonl")
         lines = path.read_text(encoding="utf-8").split("\n")
         samples = [json.loads(line) for line in lines if line]
         theirs[name] = sorted(samples, key=lambda s: s["doc_id"])
@@ -548,4 +548,4 @@ def test_scores_are_lm_evaluation_harness_s(run, evaluate, reference, tmp_path):
         *(("lambada", m) for m in ("acc", "perplexity")),
     ):
         key = f"{metric},none"
-        assert ours[name][metric] == pytest.approx(summary[f"local_{name}"][key], rel=1e-5)
+        assert ours[name][metric] == pytest.approx(summary[named[name]][key], rel=1e-5)

@@ -121,9 +121,11 @@ def hellaswag_items(count, longest=40, seed=0):
         cut = start + rng.randrange(20, longest * 5)
         endings = [TEXT[cut : cut + rng.randrange(12, 40)].strip()]
         endings += [sentence(rng, rng.randrange(1, 6)) for _ in range(3)]
+        if i % 4 == 0:  # all bad, but not equally so by characters and by bytes
+            endings = ["世" * rng.randrange(1, 5) + "q" * rng.randrange(1, 5) for _ in range(4)]
         label = rng.randrange(4)
         endings[0], endings[label] = endings[label], endings[0]
-        marks = MARKS.get(str(rng.randrange(12)), "")
+        marks = MARKS.get(str(rng.randrange(6)), "")
         endings[rng.randrange(4)] += " " + marks + "log."
         items.append(
             {
@@ -206,7 +208,7 @@ def test_hellaswag_equals_transformers_one_at_a_time(run, evaluate, reference, t
         assert found[name] == pytest.approx(np.mean(hits))
         assert found[f"{name}_stderr"] == pytest.approx(np.std(hits, ddof=1) / math.sqrt(len(hits)))
     assert found["items"] == 40 and 0 < found["acc"] < 1
-    assert len({*map(tuple, right.values())}) > 1  # else the lengths were not tested
+    assert len({*map(tuple, right.values())}) == 3  # else the lengths were not tested
 
 
 def test_lambada_equals_transformers_one_at_a_time(run, evaluate, reference, tmp_path):
@@ -225,7 +227,7 @@ def test_lambada_equals_transformers_one_at_a_time(run, evaluate, reference, tmp
 
 
 def test_gpt2_tokens_across_the_border(evaluate, reference, gpt2_run, tmp_path):
-    """The last word is tokenized with its context, where that changes the ids."""
+    """Blanks and newlines before the last word, which GPT-2 joins to what follows them or not."""
     texts = ["It is a  hat", "a\n\n hat", "don 't", "x  ", "The meaning of this is 世 界"]
     file = write_jsonl(tmp_path / "l.jsonl", [{"text": t} for t in texts])
     found = evaluate(gpt2_run, "lambada", f"--file={file}")
@@ -234,6 +236,20 @@ def test_gpt2_tokens_across_the_border(evaluate, reference, gpt2_run, tmp_path):
         *context, word = text.split(" ")
         nats, _ = one_at_a_time(model, tok, " ".join(context), " " + word)
         assert close(record["loglikelihood"], nats)
+
+
+def test_an_answer_is_tokenized_with_its_context():
+    """Here by a tokenizer of pairs of letters, which depend on where they begin."""
+
+    def pairs(text):
+        return np.array(
+            [int.from_bytes(text[i : i + 2].encode(), "big") for i in range(0, len(text), 2)]
+        )
+
+    tok = dataclasses.replace(get_tokenizer("bytes"), encode_piece=pairs)
+    context, answer = scoring.encode_pair(tok, "abc", "def")
+    assert context == [*pairs("abc")] and answer == [*pairs("ef")]
+    assert scoring.encode_pair(tok, " ", "ab") == ([256], [*pairs(" ab")])
 
 
 def test_batch_size_and_limit_change_no_score(run, evaluate, tmp_path):

@@ -136,7 +136,7 @@ def run_val(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
             f"{found.path} has the tokenizer {found.tok.name!r}, but {folder} is in "
             f"{theirs.name!r} or another version of it; choose another --dataset"
         )
-    ids = data.maps[0] if len(data.maps) == 1 else np.concatenate(data.maps)
+    ids = data.ids[0] if len(data.ids) == 1 else np.concatenate(data.ids)
     window = size.max_position_embeddings
     scores = measure(found, sliding(ids, window, window), size.vocab_size, number)
     nbytes = data.nbytes or token_bytes(ids, found.tok)

@@ -466,7 +466,7 @@ def test_bad_settings_end_in_one_line(run, script, monkeypatch, flags, message):
 
 
 def test_another_tokenizers_dataset_is_refused(run, script, tmp_path):
-    np.zeros(500, dtype="<u2").tofile(tmp_path / "val.bin")  # no meta.json: GPT-2
+    np.arange(500, dtype="<u2").tofile(tmp_path / "val.bin")  # no meta.json: GPT-2
     result = script("evaluate.py", f"--out_dir={run}", f"--dataset={tmp_path}")
     assert result.code == 1 and "choose another --dataset" in result.err.splitlines()[-1]
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,15 @@ class Saver:
     The newest `keep_last` stay, those at multiples of `milestone_interval` (0: none), and best.pt.
     A write that fails leaves what was there. `problem` says why the last ckpt_<step>.pt failed, ""
     when it did not; `best_failed` is the same for best.pt; `unsaid` holds all failures until the
-    caller takes them out to tell the user.
+    caller takes them out to tell the user. With writes=False nothing is written: a process that is
+    not the first of its run only takes part in collecting the state.
     """
 
-    def __init__(self, out_dir: Path, keep_last: int, milestone_interval: int = 0) -> None:
+    def __init__(
+        self, out_dir: Path, keep_last: int, milestone_interval: int = 0, writes: bool = True
+    ) -> None:
         self.out_dir, self.keep_last, self.milestone = out_dir, keep_last, milestone_interval
+        self.writes = writes
         self.thread = ThreadPoolExecutor(1, "checkpoint", initializer=step_aside)
         self.job: Future[None] | None = None
         self.copy: Any = None  # of the last state, on the CPU
@@ -126,15 +131,17 @@ class Saver:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy the state to the CPU now and write ckpt_<step>.pt soon."""
-        self.wait()
-        self.copy = to_cpu(state, self.copy)
-        self.job = self.thread.submit(self.write, step, self.copy)
+        self.submit(state, self.write, step)
 
     def save_best(self, state: dict[str, Any]) -> None:
         """The same for best.pt, a file of its own: one bad disk block cannot spoil two."""
+        self.submit(state, self.write_best)
+
+    def submit(self, state: dict[str, Any], write: Callable[..., None], *args: int) -> None:
         self.wait()
-        self.copy = to_cpu(state, self.copy)
-        self.job = self.thread.submit(self.write_best, self.copy)
+        if self.writes:
+            self.copy = to_cpu(state, self.copy)
+            self.job = self.thread.submit(write, *args, self.copy)
 
     def wait(self) -> None:
         """Return when nothing is being written."""

@@ -465,13 +465,14 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The same disjoint windows of a split at every call, as inputs and targets (B, T) int64.
 
-    At most `windows` of them, spread evenly over the split; ranks take turns. A last batch that
-    is not full is filled up with windows whose targets are all IGNORED, so that there is one shape.
+    At most `windows` of them, spread evenly over the split; ranks take turns, and have as many
+    batches as each other. A last batch that is not full is filled up with windows whose targets
+    are all IGNORED, so that there is one shape.
     """
     n = (data.tokens - 1) // data.context
     index = np.arange(min(windows, n)) * n // min(windows, n)
     starts = index[rank::ranks] * data.context
-    for i in range(0, len(starts), batch_size):
+    for i in range(0, -(-len(index) // ranks), batch_size):
         rows = data.windows(np.resize(starts[i : i + batch_size], batch_size))
         x, y = split_windows(host_tensor(rows, device).to(device, non_blocking=True))
         y[len(starts) - i :] = IGNORED

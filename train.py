@@ -1,7 +1,7 @@
 """Train a GPT: python train.py config/train_gpt.py [--name=value ...]
 
-One flat loop on one device. Every setting below can be set in a config file or as a flag.
-Leaves in out_dir: checkpoints, metrics.jsonl, config.json and loss.png.
+One flat loop, on one device, or under torchrun on many. Every setting below can be set in a config
+file or as a flag. Leaves in out_dir: checkpoints, metrics.jsonl, config.json and loss.png.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 import pretrained
 import runlog
 import runtime
@@ -36,7 +37,9 @@ from tokenizer import Tokenizer, get_tokenizer
 
 # the run
 out_dir = "out"  # where checkpoints and logs go
-init_from = "scratch"  # scratch, resume (newest good one of out_dir), PATH.pt, hf:FOLDER or NAME
+init_from = (
+    "scratch"  # scratch, resume (out_dir's newest), auto (either), PATH.pt, hf:FOLDER or NAME
+)
 overwrite = False  # let a run from scratch replace the run that out_dir holds
 seed = 1337  # of initial weights, data order and dropout
 # data
@@ -102,6 +105,7 @@ RUN_SETTINGS = (
     *("weight_decay", "beta1", "beta2", "grad_clip"),
 )
 SPIKE_WINDOW = 100  # losses that skip_spike looks back on
+ELSEWHERE = "another rank is out of memory"
 
 
 @dataclass
@@ -198,28 +202,31 @@ def lr_at(step: int, peak: float, low: float, warmup: int, decay: int) -> float:
 
 
 @torch.no_grad()
-def mean_loss(
+def loss_sums(
     model: GPT,
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: Any,
     go_on: Callable[[], bool] = lambda: True,
-) -> float | None:
-    """Loss in nats per token over all batches, with dropout off and one wait for the device.
+) -> Tensor:
+    """Sum of losses in nats, and number of tokens, over all batches: (2,) float64 on the CPU.
 
-    None when `go_on`, asked before each batch, says no.
+    With dropout off and one wait for the device. It ends when `go_on`, asked before each batch,
+    says no.
     """
     model.eval()
     losses = []
     for x, y in batches:
         if not go_on():
-            model.train()
-            return None
+            break
         with autocast:
             _, loss = model(x, y)
         losses.append(torch.stack((loss.float(), (y != IGNORE_INDEX).sum().float())))
     model.train()
+    if not losses:
+        return torch.zeros(2, dtype=torch.float64)
     mean, tokens = torch.stack(losses).cpu().double().unbind(1)  # mps has no float64
-    return float((mean * tokens).sum() / tokens.sum())
+    # a batch without a target, as ranks may get, has a mean of NaN
+    return torch.stack((torch.where(tokens > 0, mean * tokens, 0).sum(), tokens.sum()))
 
 
 def check_same_tokenizer(saved: dict[str, Any], tok: Tokenizer, path: Path) -> None:
@@ -252,8 +259,9 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def say(line: str) -> None:
     """Print a line above the progress bar; a full disk or a lost terminal stops no run."""
-    with contextlib.suppress(OSError):
-        tqdm.write(line)
+    if distributed.is_first():
+        with contextlib.suppress(OSError):
+            tqdm.write(line)
 
 
 def duration(seconds: float) -> str:
@@ -262,14 +270,46 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
 
 
+def claim_folder(out: Path, source: str) -> None:
+    """Lock the run's folder. Raises ValueError when a run that it holds would be replaced."""
+    out.mkdir(parents=True, exist_ok=True)
+    if line := runtime.lock_folder(out):
+        say(line)
+    if source not in ("scratch", "resume") and Path(source).parent.resolve() == out.resolve():
+        raise ValueError(
+            f"a new run from {source} would replace it: choose another --out_dir, or "
+            "--init_from=resume to go on with that run"
+        )
+    if source != "resume" and not overwrite and any(out.glob("*.pt")):
+        raise ValueError(
+            f"{out} holds a run already; go on with it (--init_from=resume), choose another "
+            "--out_dir, or replace it (--overwrite=True)"
+        )
+
+
+def tidy_folder(out: Path, metrics: Path, resumed_at: int | None) -> None:
+    """Remove what a run of before has left: another one's files, or what came after resumed_at."""
+    for stale in out.glob("*.pt.tmp"):  # of a process that was killed
+        stale.unlink()
+    if resumed_at is None:
+        for old in [*checkpoint.checkpoints(out), metrics]:
+            old.unlink(missing_ok=True)
+        return
+    runlog.keep_records(metrics, resumed_at)
+    for found, newer in checkpoint.steps_saved(out):
+        if found > resumed_at:  # passed over for damage
+            os.replace(newer, newer.with_name(newer.name + ".damaged"))
+
+
 def main() -> None:
     # --- settings, device, folders: everything that can be wrong is found before any work
     started = time.monotonic()
     stop = runtime.Stop()
     config = settings_of(globals())
     check_settings()
-    rank, ranks = 0, 1
-    where = runtime.select_device(device)
+    team = distributed.join(max(30, watchdog_minutes or 24 * 60))
+    rank, ranks = team.rank, team.ranks
+    where = runtime.select_device(team.device(device))
     number, why = runtime.select_dtype(dtype, where)
     autocast = runtime.autocast(where, number)
     folder = Path(dataset) if os.sep in dataset or "/" in dataset else ROOT / "data" / dataset
@@ -280,27 +320,19 @@ def main() -> None:
         vocab_size=vocab_size or -(-int(meta["vocab_size"]) // 64) * 64,
     )
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    if line := runtime.lock_folder(out):
-        say(line)
-    if init_from not in ("scratch", "resume") and Path(init_from).parent.resolve() == out.resolve():
-        raise ValueError(
-            f"a new run from {init_from} would replace it: choose another --out_dir, or "
-            "--init_from=resume to go on with that run"
-        )
-    if init_from != "resume" and not overwrite and any(out.glob("*.pt")):
-        raise ValueError(
-            f"{out} holds a run already; go on with it (--init_from=resume), choose another "
-            "--out_dir, or replace it (--overwrite=True)"
-        )
+    source = init_from
+    if init_from == "auto":
+        source = "resume" if any(out.glob("*.pt")) else "scratch"
+    if rank == 0:
+        claim_folder(out, source)
 
     # --- where the run starts from
     state = TrainState()
-    start: dict[str, Any] = {}  # a checkpoint's contents
-    origin = init_from
-    resumed = init_from == "resume"
+    path, start = out, dict[str, Any]()  # a checkpoint and its contents, on rank 0
+    origin = source
+    resumed = source == "resume" and rank == 0
     if resumed:
-        path, start, problems = pretrained.read(init_from, out_dir)
+        path, start, problems = pretrained.read(source, out_dir)
         for problem in problems:
             say(f"passed over: {problem}")
         if "train_state" not in start:
@@ -318,12 +350,15 @@ def main() -> None:
             say(f"WARNING  not the same run as before: {', '.join(changed)}")
         if start["config"]["batch_size"] != batch_size:
             state.micro_batch = 0  # the user knows better
-    elif init_from != "scratch":
-        path, start, _ = pretrained.read(init_from, out_dir)
+    elif source != "scratch" and rank == 0:
+        path, start, _ = pretrained.read(source, out_dir)
         check_same_tokenizer(start, tok, path)
         theirs = checkpoint.model_config(start, path)
         least = min(theirs.max_position_embeddings, size.max_position_embeddings)
         size = replace(theirs, max_position_embeddings=least, dropout=dropout)
+    # only rank 0 has read it
+    facts = team.share([asdict(size), asdict(state), resumed, start.get("scaler")])
+    size, state, resumed, scaling = GPTConfig(**facts[0]), TrainState(**facts[1]), *facts[2:]
     context = size.max_position_embeddings
     micro_batch = state.micro_batch or batch_size
     micro_steps = accumulation(tokens_per_step, micro_batch, context, ranks)
@@ -335,28 +370,31 @@ def main() -> None:
     # --- model and optimizer
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(seed)
-    model = checkpoint.build(size, start, path) if start else GPT(size)
+    with contextlib.nullcontext() if rank == 0 else checkpoint.SkipInit():  # rank 0's go to all
+        model = checkpoint.build(size, start, path) if start else GPT(size)
     milestones = max_iters // milestone_interval if milestone_interval else 0
-    checkpoint.check_disk(  # weights and two moments in float32; a record has 300 bytes
-        out,
-        size=12 * num_parameters(model),
-        count=keep_last + milestones + 2,
-        log=300 * (max_iters // log_interval + max_iters // eval_interval),
-    )
+    if rank == 0:
+        checkpoint.check_disk(  # weights and two moments in float32; a record has 300 bytes
+            out,
+            size=12 * num_parameters(model),
+            count=keep_last + milestones + 2,
+            log=300 * (max_iters // log_interval + max_iters // eval_interval),
+        )
+    flops_per_step = flops_per_token(model) * tokens_per_step
     model.to(where)
+    net = model if team.alone else distributed.replicate(model)
     optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(where.type, enabled=number == torch.float16)
     if resumed:
-        optimizer.load_state_dict(start["optimizer"])
+        distributed.share_optimizer(team, optimizer, start.get("optimizer", {}))
         for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
             group.update(weight_decay=decay, betas=(beta1, beta2))  # as set, not as saved
-        if start["scaler"]:
-            scaler.load_state_dict(start["scaler"])
+        if scaling:
+            scaler.load_state_dict(scaling)
     start = {}
 
     # --- a line for each fact that the user may want to check
-    flops_per_step = flops_per_token(model) * tokens_per_step
-    peak = runtime.peak_flops(where)
+    peak = (runtime.peak_flops(where) or 0) * ranks
     say(
         f"model    {num_parameters(model):,} parameters, context {context}, vocab {size.vocab_size}"
     )
@@ -364,42 +402,78 @@ def main() -> None:
         f"data     {folder}: {train_data.tokens:,} training tokens ({tok.name}), "
         f"{val_data.tokens:,} for validation"
     )
+    by_ranks = f" x {ranks} ranks" if ranks > 1 else ""
     say(
         f"run      {max_iters:,} updates of {tokens_per_step:,} tokens ({micro_batch} x {context} "
-        f"x {micro_steps} micro-steps), {order.epochs(max_iters):.2f} epochs, seed {seed}"
+        f"x {micro_steps} micro-steps{by_ranks}), {order.epochs(max_iters):.2f} epochs, seed {seed}"
     )
     if not (folder / "meta.json").exists():
         say(f"data     {folder} has no meta.json: taken for GPT-2 tokens in uint16")
-    say(f"machine  {runtime.describe(where)}; {number} ({why})".replace("torch.", ""))
+    number_of = f"{ranks} x " if ranks > 1 else ""
+    say(f"machine  {number_of}{runtime.describe(where)}; {number} ({why})".replace("torch.", ""))
     if resumed:
         say(f"resumed  {path} at {state.iter_num} updates")
 
     # --- what a step is made of
     eval_windows = eval_iters * batch_size
+    failure = ""  # why this rank cannot go on
+    saved_at, save_due = time.monotonic(), False
+    met = False  # ranks have agreed to exchange numbers: nothing can be called off any more
 
     def go_on() -> bool:
         """Before each micro-step: the run is alive, and has nobody asked it to end?"""
         runtime.watch(60 * watchdog_minutes)
-        return not stop.cause
+        late = time_limit and time.monotonic() - started > 60 * time_limit
+        return not (stop.cause or failure or late)
 
-    def micro_loss(step: int, micro_step: int) -> Tensor:
+    def agree(short: bool = False) -> bool:
+        """Once a step or evaluation, before ranks exchange their numbers: do all of them go on?
+
+        short: this rank is out of memory. Raises OutOfMemoryError when another one is.
+        """
+        nonlocal save_due, met
+        late = time.monotonic() - saved_at > 60 * checkpoint_minutes
+        ended, save_due, elsewhere = team.any(not go_on(), late, short)
+        if elsewhere and not short:
+            raise torch.OutOfMemoryError(ELSEWHERE)
+        met = not ended and not team.alone
+        return not ended
+
+    def micro_loss(step: int, micro_step: int, last: bool = False) -> Tensor:
         x, y = loader.batch(step, micro_step, micro_batch)
+        distributed.set_sync(net, last)
         with autocast:
-            loss: Tensor = model(x, y)[1]
+            loss: Tensor = net(x, y)[1]
         scaler.scale(loss / micro_steps).backward()
         return loss.detach()
 
     def val_batches() -> Iterable[tuple[Tensor, Tensor]]:
         return eval_batches(val_data, eval_windows, micro_batch, where, rank, ranks)
 
+    def spare_memory() -> Tensor | None:
+        """The first update allocates AdamW's moments, too late to try again: room for them now."""
+        return None if optimizer.state else torch.empty(2 * num_parameters(model), device=where)
+
+    def evaluate() -> Tensor | None:
+        sums = loss_sums(model, val_batches(), autocast, go_on)
+        return team.sum(sums) if agree() else None
+
     def in_memory(work: Callable[[], T]) -> T:
         """`work` again with half the micro-batch, and twice the micro-steps, until it fits."""
-        nonlocal micro_batch, micro_steps
+        nonlocal micro_batch, micro_steps, met
         while True:
+            met = False
             try:
                 return work()
             except torch.OutOfMemoryError as e:
+                if met:
+                    raise ValueError(
+                        f"out of memory with batch_size={micro_batch} while ranks exchange "
+                        "numbers; go on with --init_from=auto and a smaller --batch_size"
+                    ) from e
                 say(f"out of memory with batch_size={micro_batch}: {e}".splitlines()[0][:160])
+                if str(e) != ELSEWHERE:
+                    agree(short=True)
             optimizer.zero_grad(set_to_none=True)
             if where.type == "cuda":
                 torch.cuda.empty_cache()
@@ -410,8 +484,11 @@ def main() -> None:
 
     # --- compile, with one guarded step: torch.compile fails when it is first called, not before
     def first_step() -> None:
+        room = spare_memory()
         micro_loss(state.iter_num, 0)
-        mean_loss(model, [next(iter(val_batches()))], autocast)
+        loss_sums(model, [next(iter(val_batches()))], autocast)
+        del room
+        agree()
 
     why_not = runtime.why_not_compile(where)
     pays = where.type == "cuda" or flops_per_step * max_iters >= CPU_COMPILE_FLOPS
@@ -428,32 +505,31 @@ def main() -> None:
             say(f"compile  failed, training uncompiled ({reason})")
             model._compiled_call_impl = None
             model.train()
+            agree()
         optimizer.zero_grad(set_to_none=True)
-    elif compile.lower() == "auto":
-        say(f"compile  off: {why_not or 'the run is too short for it to pay'}")
+    else:
+        if compile.lower() == "auto":
+            say(f"compile  off: {why_not or 'the run is too short for it to pay'}")
+        if not team.alone:  # what does not fit is found while nobody waits for an exchange
+            in_memory(first_step)
+            optimizer.zero_grad(set_to_none=True)
 
     # --- logs and checkpoints
-    for stale in out.glob("*.pt.tmp"):  # of a process that was killed
-        stale.unlink()
     metrics = out / "metrics.jsonl"
-    if resumed:
-        runlog.keep_records(metrics, state.iter_num)
-        for found, newer in checkpoint.steps_saved(out):
-            if found > state.iter_num:  # passed over for damage above
-                os.replace(newer, newer.with_name(newer.name + ".damaged"))
-    else:
-        for old in [*checkpoint.checkpoints(out), metrics]:
-            old.unlink(missing_ok=True)
-    runlog.write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    if rank == 0:
+        tidy_folder(out, metrics, state.iter_num if resumed else None)
+        runlog.write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
     name = wandb_run_name or out.name
-    wandb = runlog.Wandb(wandb_log, wandb_project, name, config, state.wandb_run_id)
+    wandb = runlog.Wandb(wandb_log and rank == 0, wandb_project, name, config, state.wandb_run_id)
     state.wandb_run_id = wandb.run_id
     if wandb.problem:
         say(wandb.problem)
-    saver = checkpoint.Saver(out, keep_last, milestone_interval)
+    saver = checkpoint.Saver(out, keep_last, milestone_interval, writes=rank == 0)
     last_saved, saved_at = state.iter_num if resumed else -1, time.monotonic()
 
     def log(record: dict[str, Any], line: str) -> None:
+        if rank:
+            return
         for text in (line, runlog.add_record(metrics, record), wandb.log(record)):
             if text:
                 say(text)
@@ -476,20 +552,16 @@ def main() -> None:
 
     def save() -> None:
         nonlocal last_saved, saved_at
-        if last_saved == state.iter_num and not saver.problem:
-            return
-        saver.save(state.iter_num, contents())
-        last_saved, saved_at = state.iter_num, time.monotonic()
-
-    def out_of_time() -> bool:
-        return bool(time_limit) and time.monotonic() - started > 60 * time_limit
+        if team.any(last_saved != state.iter_num or bool(saver.problem)) == (True,):
+            saver.save(state.iter_num, contents())
+            last_saved, saved_at = state.iter_num, time.monotonic()
 
     # --- the loop
-    bar = tqdm(total=max_iters, initial=state.iter_num, disable=None, unit="step", leave=False)
+    hide = None if rank == 0 else True  # None: where there is no terminal
+    bar = tqdm(total=max_iters, initial=state.iter_num, disable=hide, unit="step", leave=False)
     loop_started, first = time.perf_counter(), state.iter_num
     clock_s, clock_steps, left_out = 0.0, 0, 0  # left_out: updates in a row
     best_before = state.best_val_loss  # of the best.pt before the last one
-    failure = ""
     model.train()
     while True:
         step = state.iter_num
@@ -500,13 +572,14 @@ def main() -> None:
             at_eval
             or (checkpoint_interval and step % checkpoint_interval == 0)
             or (milestone_interval and step % milestone_interval == 0)
-            or time.monotonic() - saved_at > 60 * checkpoint_minutes
+            or save_due
         ):
             save()  # before evaluation: what fails there costs nothing
         if at_eval:
-            val_loss = in_memory(lambda: mean_loss(model, val_batches(), autocast, go_on))
-            if val_loss is None:
+            sums = in_memory(evaluate)
+            if sums is None:
                 break  # asked to end; what was evaluated is evaluated again on resume
+            val_loss = float(sums[0] / sums[1])
             record = {"iter": step, "tokens": step * tokens_per_step, "val_loss": val_loss}
             line = f"step {step:>6} | val loss {val_loss:.4f}"
             if val_data.nbytes:
@@ -515,18 +588,17 @@ def main() -> None:
                 line += f" | {per_byte:.4f} bits per byte"
             if saver.best_failed:
                 state.best_val_loss = best_before
-            if val_loss < (state.best_val_loss or math.inf):
+            if team.share(val_loss < (state.best_val_loss or math.inf)):
                 best_before, state.best_val_loss = state.best_val_loss, val_loss
                 saver.save_best(contents())
                 line += " | best"
             log(record, line)
-        if step >= max_iters or stop.cause or out_of_time():
+        if step >= max_iters:
             break
         try:
             train_data.check_size()
         except (ValueError, OSError) as e:
             failure = str(e)
-            break
 
         t0 = time.perf_counter()
         rate = learning_rate
@@ -539,15 +611,17 @@ def main() -> None:
             """Mean loss of the step, its gradients left in the parameters; None when stopped."""
             torch.manual_seed(key_of(seed, step, rank) % 2**63)  # dropout, resumed or not
             total = torch.zeros((), device=where)
-            # The first update allocates AdamW's moments, too late to try again: room for them now.
-            room = None if optimizer.state else torch.empty(2 * num_parameters(model), device=where)
+            room = spare_memory()
             for micro_step in range(micro_steps):
-                if not go_on():
-                    return None  # a step can take longer than the grace after a signal
+                last = micro_step == micro_steps - 1
+                if not last and not go_on():
+                    continue  # a step can take longer than the grace after a signal
+                if last and not agree():
+                    return None
                 # The model's loss is a mean over its micro-batch. Gradients add up over
                 # micro-batches, so each is divided by their number: the sum is then the gradient
                 # of the mean over the whole step, whatever the micro-batch size.
-                total += micro_loss(step, micro_step)
+                total += micro_loss(step, micro_step, last)
             del room
             return total / micro_steps
 
@@ -556,6 +630,7 @@ def main() -> None:
             break
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        mean = team.sum(mean) / ranks
         loss, grad_norm = torch.stack((mean, norm)).tolist()  # the step's one wait for the device
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         spike = finite and is_spike(loss, state.recent_losses, skip_spike)
@@ -570,8 +645,10 @@ def main() -> None:
             if left_out >= max_skipped:
                 windows = order.starts(step, 0, tokens_per_step // context).tolist()
                 report = {"iter": step, "loss": loss, "grad_norm": grad_norm, "windows": windows}
-                runlog.write_text(out / "bad_step.json", json.dumps(report))
+                if rank == 0:
+                    runlog.write_text(out / "bad_step.json", json.dumps(report))
                 saver.wait()
+                team.share(None)  # not before rank 0 has written: who ends in an error ends all
                 raise ValueError(
                     f"{left_out} updates in a row were left out, the last at step {step} ({why}); "
                     f"the last good checkpoint is in {out}, the step's windows in bad_step.json. "
@@ -607,24 +684,27 @@ def main() -> None:
     saver.wait()
     with contextlib.suppress(OSError):
         bar.close()
-    if saver.problem:
-        raise OSError(f"{saver.problem}; the updates since the last checkpoint are lost")
-    if saver.best_failed:
-        raise OSError(f"{saver.best_failed}; all updates are saved, but best.pt is an older one")
-    again = shlex.join(["python", *sys.argv, "--init_from=resume"])  # later flags win
+    said = (saver.problem, saver.best_failed, failure, stop.cause)
+    problem, best_failed, failure, cause = map(team.first, said)
+    if problem:
+        raise OSError(f"{problem}; the updates since the last checkpoint are lost")
+    if best_failed:
+        raise OSError(f"{best_failed}; all updates are saved, but best.pt is an older one")
+    again = shlex.join([*team.launcher(), *sys.argv, "--init_from=resume"])  # later flags win
     if failure:
         raise ValueError(f"{failure}. The {state.iter_num} updates so far are saved; then: {again}")
     if state.iter_num < max_iters:
-        cause = stop.cause or f"time_limit={time_limit}"
+        cause = cause or f"time_limit={time_limit}"
         say(f"stopped by {cause} after {state.iter_num} updates, all saved; go on: {again}")
     else:
-        if problem := runlog.draw_losses(metrics, out / "loss.png"):
-            say(problem)
+        if rank == 0 and (line := runlog.draw_losses(metrics, out / "loss.png")):
+            say(line)
         best = f"best val loss {state.best_val_loss:.4f}, " if state.best_val_loss else ""
         say(f"done: {best}{state.skipped} updates left out, all in {out}")
     sys.exit(stop.exit_code())
 
 
 if __name__ == "__main__":
-    globals().update(configure(globals()))
-    runtime.run(main)
+    with distributed.one_voice():
+        globals().update(configure(globals()))
+    runtime.run(lambda: distributed.run(main))

@@ -19,13 +19,14 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
     "tokenizer": set(),
     "runlog": set(),
     "checkpoint": {"model"},
+    "distributed": set(),
     "hf": {"model", "tokenizer"},
     "gguf_writer": {"hf", "model"},
     "pretrained": {"checkpoint", "hf", "model", "tokenizer"},
     "scoring": {"model", "tokenizer"},
     "train": {
-        *("checkpoint", "configurator", "dataloader", "model", "pretrained", "runlog", "runtime"),
-        "tokenizer",
+        *("checkpoint", "configurator", "dataloader", "distributed", "model", "pretrained"),
+        *("runlog", "runtime", "tokenizer"),
     },
     "sample": {"configurator", "model", "pretrained", "runtime", "tokenizer"},
     "export": {

@@ -1,0 +1,230 @@
+"""The same run on several processes: real ones, under torchrun, on CPUs with gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import checkpoint
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo and signals as on Linux")
+
+# 50 updates of 12 windows, which 1, 2, 3 and 4 ranks can share; a checkpoint at 30 stays. At TINY's
+# own learning rate the run is chaotic: after 25 updates the last bit of a sum shows in the loss.
+SIZES = [*TINY, "--batch_size=1", "--tokens_per_step=384", "--max_iters=50", "--eval_iters=7"]
+SIZES += ["--eval_interval=25", "--milestone_interval=30", "--learning_rate=1e-3", "--min_lr=1e-4"]
+
+
+def torchrun(ranks, *flags, code="", out=None, launcher=()):
+    """Start train.py on several ranks; `code` runs first in each of them."""
+    path = ROOT / "train.py"
+    if code:
+        path = out.with_name(f"{out.name}_wrapped.py")
+        head = f"import os, sys, runpy\nsys.path.insert(0, {str(ROOT)!r})\n"
+        path.write_text(
+            f"{head}{code}\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n",
+            encoding="utf-8",
+        )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *launcher]
+    command += [f"--nproc_per_node={ranks}", str(path), *flags]
+    if out:
+        command.append(f"--out_dir={out}")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, encoding="utf-8", env=env)
+
+
+def finish(process):
+    text, err = process.communicate(timeout=240)
+    return process.returncode, text, err
+
+
+def must(process):
+    code, text, err = finish(process)
+    assert code == 0, err
+    return text
+
+
+def said(err):
+    """What the ranks themselves have written, not torchrun."""
+    return [line for line in err.splitlines() if "train.py: " in line]
+
+
+def losses(out):
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {(r["iter"], k): r[k] for r in map(json.loads, lines) for k in r if "loss" in k}
+
+
+def assert_same_run(out, whole):
+    """Losses, training and validation, and the final weights, to 1e-5."""
+    got, want = losses(out), losses(whole)
+    assert got.keys() == want.keys()
+    assert [got[k] for k in want] == pytest.approx(list(want.values()), rel=1e-5)
+    a, b = (checkpoint.load(folder / "ckpt_50.pt") for folder in (out, whole))
+    assert a["model"].keys() == b["model"].keys()
+    for name, weight in b["model"].items():
+        torch.testing.assert_close(a["model"][name], weight, rtol=1e-5, atol=1e-5)
+    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+
+
+@pytest.fixture(scope="session")
+def flags(dataset):
+    return [f"--dataset={dataset}", *SIZES]
+
+
+@pytest.fixture(scope="session")
+def whole(flags, tmp_path_factory):
+    """The folder of the run in one process."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    command = [sys.executable, str(ROOT / "train.py"), *flags, f"--out_dir={out}"]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def on_two(flags, tmp_path_factory):
+    """The folder of the run on two ranks."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    text = must(torchrun(2, *flags, out=out))
+    assert "(1 x 32 x 6 micro-steps x 2 ranks)" in text and text.count("step      3 |") == 1
+    return out
+
+
+def test_two_ranks_make_the_same_run(on_two, whole):
+    assert_same_run(on_two, whole)
+    assert sorted(p.name for p in on_two.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+@pytest.mark.slow
+def test_four_ranks_make_the_same_run(flags, whole, tmp_path):
+    must(torchrun(4, *flags, out=tmp_path / "out"))
+    assert_same_run(tmp_path / "out", whole)
+
+
+def cut(whole, out):
+    """A copy of a run's folder as it was after 30 updates."""
+    out.mkdir()
+    for name in ("ckpt_30.pt", "metrics.jsonl"):
+        (out / name).write_bytes((whole / name).read_bytes())
+    return out
+
+
+def test_saved_on_two_ranks_resumed_on_one(on_two, flags, script, tmp_path):
+    out = cut(on_two, tmp_path / "out")
+    result = script("train.py", *flags, "--init_from=auto", f"--out_dir={out}")
+    assert result.code == 0 and "resumed" in result.out, result.err
+    assert_same_run(out, on_two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_saved_on_two_ranks_resumed_on_more(on_two, flags, tmp_path, ranks):
+    out = cut(on_two, tmp_path / "out")
+    must(torchrun(ranks, *flags, "--init_from=resume", out=out))
+    assert_same_run(out, on_two)
+    if ranks == 2:
+        a, b = (checkpoint.load(f / "ckpt_50.pt")["model"] for f in (out, on_two))
+        assert all(torch.equal(a[k], b[k]) for k in b), "as many ranks: bit for bit"
+
+
+AT_STEP = """
+import dataloader, signal
+real = dataloader.TrainLoader.batch
+def batch(self, step, micro_step, batch_size):
+    if os.environ["RANK"] == "1" and (step, micro_step) == (37, 2):
+        {do}
+    return real(self, step, micro_step, batch_size)
+dataloader.TrainLoader.batch = batch
+"""
+
+
+def test_a_killed_worker_is_restarted_from_the_last_checkpoint(on_two, flags, tmp_path):
+    """torchrun starts all workers again; --init_from=auto makes them go on."""
+    kill = "if os.environ['TORCHELASTIC_RESTART_COUNT'] < '2': os.kill(os.getpid(), signal.SIGKILL)"
+    out = tmp_path / "out"
+    process = torchrun(
+        2, *flags, "--init_from=auto", code=AT_STEP.format(do=kill), out=out,
+        launcher=["--max-restarts=3"],
+    )  # fmt: skip
+    code, text, err = finish(process)
+    assert code == 0, err
+    assert text.count("resumed ") == 2 and "Traceback" not in err
+    assert_same_run(out, on_two)
+    a, b = (checkpoint.load(f / "ckpt_50.pt")["model"] for f in (out, on_two))
+    assert all(torch.equal(a[k], b[k]) for k in b), "as many ranks: bit for bit"
+
+
+def test_a_signal_to_one_rank_stops_all(flags, tmp_path):
+    """Within the step, which is dropped; what is saved is the last complete one, and once."""
+    out = tmp_path / "out"
+    usr1 = AT_STEP.format(do="os.kill(os.getpid(), signal.SIGUSR1)")
+    text = must(torchrun(2, *flags, code=usr1, out=out))
+    assert "stopped by SIGUSR1 after 37 updates" in text
+    assert "torchrun --standalone --nproc_per_node=2" in text and "--init_from=resume" in text
+    assert checkpoint.steps_saved(out)[0][0] == 37
+    assert max(step for step, _ in losses(out)) == 36
+    assert (out / ".lock").read_text(encoding="utf-8") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_torchrun_stops_all(flags, tmp_path, name):
+    out = tmp_path / "out"
+    slowly = AT_STEP.format(do="pass") + "\nimport time; f = torch.nn.utils.clip_grad_norm_\n"
+    slowly = f"import torch\n{slowly}" + (
+        "torch.nn.utils.clip_grad_norm_ = lambda *a, **k: (time.sleep(0.3), f(*a, **k))[1]"
+    )
+    process = torchrun(2, *flags, code=slowly, out=out)
+    while not (out / "ckpt_0.pt").exists():
+        pass
+    process.send_signal(getattr(signal, name))
+    _, text, err = finish(process)  # torchrun itself ends with its own traceback
+    assert f"stopped by {name}" in text and not said(err)
+    newest = checkpoint.steps_saved(out)[0][0]
+    assert newest < 50 and max([-1, *(step for step, k in losses(out) if k == "loss")]) < newest
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--batch_size=5", "5 x 32 x 2 = 320; nearest: --tokens_per_step=320 or 640"),
+        ("--max_skipped=0", "max_skipped must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_from_one_rank(flags, tmp_path, flag, words):
+    code, _, err = finish(torchrun(2, *flags, flag, out=tmp_path / "out"))
+    (line,) = said(err)
+    assert code == 1 and words in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_goes_wrong_on_one_rank_is_one_line(flags, tmp_path, rank):
+    """The others notice that it is gone, and leave the word to it."""
+    wrong = AT_STEP.format(do="raise ValueError('its disk is broken')")
+    out = tmp_path / "out"
+    wrong = wrong.replace('== "1"', f'== "{rank}"')
+    code, _, err = finish(torchrun(2, *flags, code=wrong, out=out))
+    (line,) = [line for line in err.splitlines() if line.startswith("out_wrapped.py: ")]
+    assert code == 1 and line.endswith("its disk is broken"), err
+
+
+def test_out_of_memory_on_one_rank_halves_the_micro_batch_of_all(flags, whole, tmp_path):
+    code = """
+import torch, model
+real = model.GPT.forward
+def forward(self, idx, targets=None):
+    if idx.size(0) > 1 and os.environ["RANK"] == "1": raise torch.OutOfMemoryError("CUDA: no")
+    return real(self, idx, targets)
+model.GPT.forward = forward
+"""
+    out = tmp_path / "out"
+    text = must(torchrun(2, *flags, "--batch_size=2", "--eval_iters=4", code=code, out=out))
+    assert "another rank is out of memory" in text and "going on with 1 x 6" in text
+    got, want = ([v for (_, k), v in losses(f).items() if k == "loss"] for f in (out, whole))
+    assert got == pytest.approx(want, rel=1e-5)

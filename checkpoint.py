@@ -83,28 +83,42 @@ def sync_folder(folder: Path) -> None:
 
 
 def to_cpu(
-    value: Any, old: Any = None, seen: dict[tuple[int, torch.Size], Tensor] | None = None
+    value: Any,
+    old: Any = None,
+    seen: dict[tuple[int, torch.Size], Tensor] | None = None,
+    keep: bool = True,
 ) -> Any:
     """A copy of nested dicts and lists whose tensors are on the CPU and shared with nobody.
 
     Tied tensors stay tied, so that they are written once. Tensors of `old`, an earlier copy that
     nobody needs any more, are written over: new memory takes longer than the copying.
+    Sharded tensors are gathered, one at a time, so that all their ranks have to call this; those
+    with keep=False get a copy without tensors.
     """
     seen = {} if seen is None else seen
     if isinstance(value, Tensor):
-        key = (value.data_ptr(), value.shape)
-        if key not in seen or value.numel() == 0:
+        gather = getattr(value, "full_tensor", None)
+        # A rank's shard may be empty, but all ranks must see the same tensors as tied: the padded
+        # storage of a weight's shard is never empty, and optimizer states are never tied.
+        shard: Any = value
+        local = shard.to_local().untyped_storage() if gather else value
+        key = (local.data_ptr(), value.shape)
+        if key not in seen or value.numel() == 0 or local.data_ptr() == 0:
             same = isinstance(old, Tensor) and (old.shape, old.dtype) == (value.shape, value.dtype)
-            room = old if same else torch.empty_like(value, device="cpu")
-            seen[key] = room.copy_(value.detach())
+            whole = gather() if gather else value.detach()
+            room = torch.empty(0)
+            if keep:
+                room = old if same else torch.empty_like(whole, device="cpu")
+                room.copy_(whole)
+            seen[key] = room
         return seen[key]
     if isinstance(value, dict):
         old = old if isinstance(old, dict) else {}
-        return {k: to_cpu(v, old.get(k), seen) for k, v in value.items()}
+        return {k: to_cpu(v, old.get(k), seen, keep) for k, v in value.items()}
     if isinstance(value, list | tuple):
         known = isinstance(old, list | tuple) and len(old) == len(value)
         pairs = zip(value, old if known else [None] * len(value), strict=True)
-        return type(value)(to_cpu(v, o, seen) for v, o in pairs)
+        return type(value)(to_cpu(v, o, seen, keep) for v, o in pairs)
     return value
 
 
@@ -139,8 +153,8 @@ class Saver:
 
     def submit(self, state: dict[str, Any], write: Callable[..., None], *args: int) -> None:
         self.wait()
+        self.copy = to_cpu(state, self.copy, keep=self.writes)
         if self.writes:
-            self.copy = to_cpu(state, self.copy)
             self.job = self.thread.submit(write, *args, self.copy)
 
     def wait(self) -> None:

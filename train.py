@@ -91,6 +91,7 @@ wandb_run_name = ""  # empty = the name of out_dir
 # machine
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: type of matrix products, by autocast
+parallel = "ddp"  # under torchrun: ddp (whole models), fsdp (sharded), hsdp (sharded per machine)
 compile = "auto"  # auto, True, False: torch.compile
 
 T = TypeVar("T")
@@ -149,6 +150,8 @@ def check_settings() -> None:
         )
     if compile.lower() not in ("auto", "true", "false"):
         problems.append(f"compile must be auto, True or False, not {compile!r}")
+    if parallel not in ("ddp", "fsdp", "hsdp"):
+        problems.append(f"parallel must be ddp, fsdp or hsdp, not {parallel!r}")
     if not checkpoint_minutes > 0:
         problems.append(f"checkpoint_minutes must be positive, not {checkpoint_minutes}")
     if not 0 <= seed < 2**63:
@@ -311,6 +314,9 @@ def main() -> None:
     rank, ranks = team.rank, team.ranks
     where = runtime.select_device(team.device(device))
     number, why = runtime.select_dtype(dtype, where)
+    sharded = parallel != "ddp" and not team.alone
+    if sharded and number == torch.float16:
+        raise ValueError(f"parallel={parallel} takes bfloat16 or float32; write --dtype=float32")
     autocast = runtime.autocast(where, number)
     folder = Path(dataset) if os.sep in dataset or "/" in dataset else ROOT / "data" / dataset
     meta = read_meta(folder)
@@ -381,8 +387,12 @@ def main() -> None:
             log=300 * (max_iters // log_interval + max_iters // eval_interval),
         )
     flops_per_step = flops_per_token(model) * tokens_per_step
-    model.to(where)
-    net = model if team.alone else distributed.replicate(model)
+    net: torch.nn.Module = model
+    if sharded:
+        distributed.shard(model, model.layers, team, where, number, parallel == "hsdp")
+    else:
+        model.to(where)
+        net = model if team.alone else distributed.replicate(model)
     optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(where.type, enabled=number == torch.float16)
     if resumed:
@@ -441,7 +451,7 @@ def main() -> None:
 
     def micro_loss(step: int, micro_step: int, last: bool = False) -> Tensor:
         x, y = loader.batch(step, micro_step, micro_batch)
-        distributed.set_sync(net, last)
+        distributed.set_sync(net, last, micro_steps == 1)
         with autocast:
             loss: Tensor = net(x, y)[1]
         scaler.scale(loss / micro_steps).backward()
@@ -452,10 +462,16 @@ def main() -> None:
 
     def spare_memory() -> Tensor | None:
         """The first update allocates AdamW's moments, too late to try again: room for them now."""
-        return None if optimizer.state else torch.empty(2 * num_parameters(model), device=where)
+        return (
+            None
+            if optimizer.state or sharded
+            else torch.empty(2 * num_parameters(model), device=where)
+        )
 
     def evaluate() -> Tensor | None:
-        sums = loss_sums(model, val_batches(), autocast, go_on)
+        distributed.set_sync(net, last=True, only=True)
+        # sharded, each batch is an exchange
+        sums = loss_sums(model, val_batches(), autocast, agree if sharded else go_on)
         return team.sum(sums) if agree() else None
 
     def in_memory(work: Callable[[], T]) -> T:
@@ -466,7 +482,7 @@ def main() -> None:
             try:
                 return work()
             except torch.OutOfMemoryError as e:
-                if met:
+                if met or sharded:
                     raise ValueError(
                         f"out of memory with batch_size={micro_batch} while ranks exchange "
                         "numbers; go on with --init_from=auto and a smaller --batch_size"
@@ -485,7 +501,7 @@ def main() -> None:
     # --- compile, with one guarded step: torch.compile fails when it is first called, not before
     def first_step() -> None:
         room = spare_memory()
-        micro_loss(state.iter_num, 0)
+        micro_loss(state.iter_num, 0, last=sharded)  # gradients not exchanged would be kept
         loss_sums(model, [next(iter(val_batches()))], autocast)
         del room
         agree()
@@ -494,7 +510,9 @@ def main() -> None:
     pays = where.type == "cuda" or flops_per_step * max_iters >= CPU_COMPILE_FLOPS
     if compile.lower() == "true" or (compile.lower() == "auto" and not why_not and pays):
         t0 = time.perf_counter()
-        model.compile()
+        compiled = list(model.layers) if sharded else [model]
+        for part in compiled:
+            part.compile()
         try:
             in_memory(first_step)
             say(f"compile  took {time.perf_counter() - t0:.0f} s")
@@ -503,7 +521,8 @@ def main() -> None:
         except Exception as e:
             reason = f"{type(e).__name__}: {e}".splitlines()[0][:120]
             say(f"compile  failed, training uncompiled ({reason})")
-            model._compiled_call_impl = None
+            for part in compiled:
+                part._compiled_call_impl = None
             model.train()
             agree()
         optimizer.zero_grad(set_to_none=True)
@@ -614,10 +633,11 @@ def main() -> None:
             room = spare_memory()
             for micro_step in range(micro_steps):
                 last = micro_step == micro_steps - 1
-                if not last and not go_on():
-                    continue  # a step can take longer than the grace after a signal
-                if last and not agree():
+                going = go_on()
+                if micro_step == (0 if sharded else micro_steps - 1) and not agree():
                     return None
+                if not (last or sharded or going):
+                    continue  # a step can take longer than the grace after a signal
                 # The model's loss is a mean over its micro-batch. Gradients add up over
                 # micro-batches, so each is divided by their number: the sum is then the gradient
                 # of the mean over the whole step, whatever the micro-batch size.
@@ -631,7 +651,9 @@ def main() -> None:
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         mean = team.sum(mean) / ranks
-        loss, grad_norm = torch.stack((mean, norm)).tolist()  # the step's one wait for the device
+        loss, grad_norm = torch.stack(
+            (mean, distributed.whole(norm))
+        ).tolist()  # the step's one wait for the device
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         spike = finite and is_spike(loss, state.recent_losses, skip_spike)
         if finite and not spike:

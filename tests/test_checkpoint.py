@@ -135,7 +135,7 @@ def test_a_packed_copy_equals_shares_nothing_and_is_few_records(tmp_path):
         "tied": [table, table],
         "turned": torch.randn(4, 4).T,
         "square": (torch.arange(9).view(3, 3), torch.ones(3), torch.zeros(()), torch.empty(0)),
-        "half": {"a": torch.randn(3).bfloat16(), 5: None, "text": "x"},
+        "half": {"a": torch.randn(3).bfloat16(), 5: None, "n": 7},
     }
     given["square_turned"] = given["square"][0].T  # the same memory, another matrix
     packed = checkpoint.Packed()

@@ -13,7 +13,8 @@ import torch
 import pretrained
 import runtime
 from configurator import configure
-from model import GPT, check_sampling
+from model import GPT
+from sampling import check_sampling, stream
 from tokenizer import StreamDecoder, Tokenizer
 
 # what
@@ -116,7 +117,8 @@ def main() -> None:
         t0 = time.perf_counter()
         with runtime.autocast(where, number):
             made += write(
-                model.stream(
+                stream(
+                    model,
                     ids,
                     max_new_tokens,
                     temperature=temperature,

@@ -13,7 +13,8 @@ from configurator import overrides
 
 ALLOWED = {  # scripts never import scripts; what reads and writes models may import leaves
     "configurator": set(),
-    "model": set(),
+    "sampling": set(),
+    "model": {"sampling"},
     "dataloader": set(),
     "runtime": set(),
     "tokenizer": set(),
@@ -27,7 +28,7 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
         *("checkpoint", "configurator", "dataloader", "model", "pretrained", "runlog", "runtime"),
         "tokenizer",
     },
-    "sample": {"configurator", "model", "pretrained", "runtime", "tokenizer"},
+    "sample": {"configurator", "model", "pretrained", "runtime", "sampling", "tokenizer"},
     "export": {
         *("checkpoint", "configurator", "gguf_writer", "hf", "model", "pretrained", "runlog"),
         *("runtime", "tokenizer"),
@@ -40,7 +41,12 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
     "data/prepare": {"configurator", "tokenizer"},
 }
 PROJECT = {name.split("/")[-1] for name in ALLOWED}
-LIGHT = {"configurator": {"torch", "numpy"}, "tokenizer": {"torch"}, "model": {"numpy"}}
+LIGHT = {
+    "configurator": {"torch", "numpy"},
+    "tokenizer": {"torch"},
+    "model": {"numpy"},
+    "sampling": {"numpy"},
+}
 HEAVY = {"wandb", "datasets", "transformers", "matplotlib", "pyarrow", "tokenizers"}
 HEAVY |= {"gguf", "huggingface_hub"}
 

@@ -6,9 +6,13 @@ prepare: data/prepare.py against nanoGPT's recipe (datasets.map with encode_ordi
     then a memory map) and against tiktoken's encode_ordinary_batch alone, on the same text with
     the same number of processes or threads: MB/s, temporary disk, memory. Needs GPT-2's
     vocabulary where tiktoken finds it (a network, or TIKTOKEN_CACHE_DIR).
-save: the demo's training with a checkpoint every 25 updates against the same without.
+train: training steps of this model against transformers' Llama of the same shape and --peer's
+    models: tokens/s, share of the speed of a large matrix product, peak memory of tensors.
+save: updates of the demo's training with a checkpoint among them against updates without.
 """
 
+import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -22,6 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # The model, torch and datasets are imported where they are used: variants are new processes.
 from configurator import configure
@@ -30,7 +35,14 @@ what = "prepare"  # what to measure; see above
 repeats = 3  # times each variant is run
 text = ""  # prepare: a .jsonl of {"text": ...}; empty = the embedded corpus, repeated to 64 MB
 num_proc = 2  # prepare: processes or threads of every variant
-steps = 400  # save: updates of a run
+peer = ""  # train: paths of other model.py files, EasyGPT's or nanoGPT's, with commas between
+mode = "both"  # train: eager, compiled or both
+dtype = "float32"  # train: or bfloat16, by autocast
+layers = 6  # train
+hidden = 384  # train
+batch = 4  # train: windows in a step
+context = 256  # train: tokens in a window
+steps = 600  # save: updates of a run
 
 ROOT = Path(__file__).resolve().parent
 CORPUS_BYTES, DOCUMENT_BYTES = 64e6, 5000
@@ -234,45 +246,213 @@ def bench_prepare(folder: Path) -> None:
     print(f"\ndata/prepare.py, end to end, has {share:.0%} of the speed of tiktoken alone")
 
 
-def train_seconds(flags: list[str]) -> float:
-    """Wall-clock seconds of a demo training between its first and last logged update."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        fixed = [
-            f"--out_dir={out}",
-            f"--max_iters={steps}",
-            "--warmup_iters=10",
-            "--log_interval=1",
-        ]
-        fixed += ["--eval_iters=1", "--eval_interval=1000000"]
-        run(["train.py", "config/train_demo.py", *fixed, *flags], out)
-        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [r for r in map(json.loads, lines) if "loss" in r]
-        seconds: float = records[-1]["elapsed_s"] - records[20]["elapsed_s"]
-        return seconds
+@dataclass(frozen=True)
+class Shape:
+    """What a training benchmark runs."""
+
+    layers: int
+    hidden: int
+    batch: int
+    context: int
+
+    @property
+    def size(self) -> Any:
+        """Our GPTConfig: heads of 64, a third as many for keys and values, GPT-2's vocabulary."""
+        from model import GPTConfig
+
+        heads = self.hidden // 64
+        return GPTConfig(
+            vocab_size=50304,
+            hidden_size=self.hidden,
+            intermediate_size=5 * self.hidden // 2,
+            num_hidden_layers=self.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=next(n for n in (heads // 3, heads // 4, 1) if n and not heads % n),
+            max_position_embeddings=self.context,
+        )
 
 
-def bench_save() -> None:
-    """What writing a checkpoint every 25 updates costs a training run on the demo's config."""
-    every: list[float] = []
-    never: list[float] = []
+def build(name: str, size: Any) -> tuple[Any, Any]:
+    """A model by its name (ours, transformers, or a peer's file) and its loss of (net, x, y)."""
+    import torch
+
+    torch.manual_seed(0)
+    if name == "ours":
+        from model import GPT
+
+        model: Any = GPT(size)
+        return model, lambda net, x, y: net(x, y)[1]
+    if name == "transformers":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        import hf
+
+        model = LlamaForCausalLM(
+            LlamaConfig(**hf.config_json(size, torch.float32, 0), attn_implementation="sdpa")
+        )
+        return model, lambda net, x, y: net(input_ids=x, labels=x, use_cache=False).loss
+    spec = importlib.util.spec_from_file_location("peer", name)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"peer must be the path of a model.py, not {name!r}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["peer"] = module
+    spec.loader.exec_module(module)
+    ours = dataclasses.asdict(size)
+    nanogpt = {"block_size": "max_position_embeddings", "n_layer": "num_hidden_layers"}
+    nanogpt |= {
+        "n_head": "num_attention_heads",
+        "n_embd": "hidden_size",
+        "norm_eps": "rms_norm_eps",
+    }
+    known = {f.name: nanogpt.get(f.name, f.name) for f in dataclasses.fields(module.GPTConfig)}
+    given = {name: ours[field] for name, field in known.items() if field in ours}
+    if "bias" in known:
+        given["bias"] = False
+    return module.GPT(module.GPTConfig(**given)), lambda net, x, y: net(x, y)[1]
+
+
+class Trainer:
+    """A model that makes training steps on random tokens."""
+
+    def __init__(self, name: str, compiled: bool, shape: Shape, dtype: str) -> None:
+        import torch
+
+        from model import configure_optimizer
+
+        self.name = f"{Path(name).parent.name if name.endswith('.py') else name}, " + (
+            "compiled" if compiled else "eager"
+        )
+        self.model, self.loss = build(name, shape.size)
+        if hasattr(self.model, "configure_optimizers"):
+            self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+        else:
+            self.optimizer = configure_optimizer(self.model, 1e-3, (0.9, 0.95), 0.1)
+        self.net = torch.compile(self.model) if compiled else self.model
+        self.x = torch.randint(0, 50257, (shape.batch, shape.context))
+        self.y = torch.randint(0, 50257, (shape.batch, shape.context))
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        """Forward, backward, clip, update."""
+        import torch
+
+        t0 = time.perf_counter()
+        with self.autocast:
+            loss = self.loss(self.net, self.x, self.y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.seconds.append(time.perf_counter() - t0)
+
+
+def peak_memory(name: str, compiled: bool, shape: Shape, dtype: str) -> int:
+    """Largest sum of live CPU tensors, bytes, in three training steps, weights and all included.
+
+    From the allocator's events that the profiler records, so that compiled code counts, too.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    if compiled:
+        Trainer(name, compiled, shape, dtype).step()  # compiling allocates, too; its result is kept
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        trainer = Trainer(name, compiled, shape, dtype)
+        for _ in range(3):
+            trainer.step()
+    events = seen.profiler.kineto_results.events()
+    live = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of a large matrix product on this CPU, the best of ten."""
+    import torch
+
+    a = torch.randn(2048, 2048, dtype=getattr(torch, dtype))
+    times = []
+    for _ in range(10):
+        t0 = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - t0)
+    return 2 * 2048**3 / min(times)
+
+
+def bench_train(folder: Path) -> None:
+    """Print a table of training speed and memory against transformers and --peer's models."""
+    from model import GPT, flops_per_token
+
+    shape = Shape(layers, hidden, batch, context)
+    names = ["ours", "transformers", *filter(None, peer.split(","))]
+    modes = {"eager": [False], "compiled": [True], "both": [False, True]}[mode]
+    trainers = [Trainer(n, compiled, shape, dtype) for compiled in modes for n in names]
+    for trainer in trainers:
+        trainer.step()
+        trainer.step()
+        print(f"{trainer.name}: first step {trainer.seconds[0]:.1f} s", flush=True)
+        trainer.seconds.clear()
     for _ in range(repeats):
-        never.append(train_seconds([]))
-        every.append(train_seconds(["--checkpoint_interval=25"]))
-        print(f"without {never[-1]:.2f} s, with {every[-1]:.2f} s", flush=True)
-    ratio = statistics.median(b / a for a, b in zip(never, every, strict=True))
-    print(f"save every 25 updates: {ratio - 1:+.2%} of the run's time (median of {repeats})")
+        for trainer in trainers:
+            for _ in range(3):
+                trainer.step()
+    flops = flops_per_token(GPT(shape.size)) * batch * context
+    top = matmul_peak(dtype)
+    print(f"\n{shape}, {dtype}; median of {3 * repeats} steps, in turn")
+    print("| model | tokens/s | times the last | of matmul peak | peak tensor MB |")
+    print("|---|---|---|---|---|")
+    last = trainers[-1].seconds
+    for trainer, (compiled, name) in zip(
+        trainers, [(c, n) for c in modes for n in names], strict=True
+    ):
+        seconds = statistics.median(trainer.seconds)
+        ratio = statistics.median(b / a for a, b in zip(trainer.seconds, last, strict=True))
+        given = f"{name!r}, {compiled}, bench.{shape}, {dtype!r}"
+        call = f"import bench; print(bench.peak_memory({given}))"
+        peak = int(run(["-c", call], folder).printed.splitlines()[-1]) / 1e6
+        print(
+            f"| {trainer.name} | {batch * context / seconds:,.0f} | {ratio:.2f} | "
+            f"{flops / seconds / top:.0%} | {peak:,.0f} |",
+            flush=True,
+        )
+
+
+def bench_save(folder: Path) -> None:
+    """What a checkpoint every 25 updates costs a training run on the demo's config.
+
+    One run saves every 50 updates: 25 updates with a save are compared with the 25 after them.
+    """
+    out = folder / "out"
+    flags = [f"--out_dir={out}", f"--max_iters={steps}", "--warmup_iters=10", "--log_interval=1"]
+    flags += ["--eval_iters=1", "--eval_interval=1000000", "--checkpoint_interval=50"]
+    costs = []
+    for i in range(repeats):
+        run(["train.py", "config/train_demo.py", *flags], out)
+        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ends = [r["elapsed_s"] for r in map(json.loads, lines) if "loss" in r]
+        blocks = [ends[k + 24] - ends[k - 1] for k in range(50, len(ends) - 24, 25)]
+        pairs = list(zip(blocks[::2], blocks[1::2], strict=False))
+        costs += [with_save / without - 1 for with_save, without in pairs]
+        print(f"{i + 1}/{repeats}  {len(pairs)} pairs, {ends[-1]:.1f} s", flush=True)
+    low, middle, high = statistics.quantiles(costs, n=4)
+    print(
+        f"a save every 25 updates costs {middle:+.2%} of the time "
+        f"(median of {len(costs)} pairs; quartiles {low:+.2%}, {high:+.2%})"
+    )
 
 
 def main() -> None:
-    if what not in ("prepare", "save"):
-        raise ValueError(f"what must be prepare or save, not {what!r}")
-    if repeats < 1 or steps < 50 or num_proc < 1:
-        raise ValueError("repeats and num_proc must be at least 1, and steps at least 50")
-    if what == "save":
-        return bench_save()
+    benches = {"prepare": bench_prepare, "save": bench_save, "train": bench_train}
+    if what not in benches:
+        raise ValueError(f"what must be {', '.join(benches)}, not {what!r}")
+    if mode not in ("eager", "compiled", "both") or dtype not in ("float32", "bfloat16"):
+        raise ValueError("mode must be eager, compiled or both, and dtype float32 or bfloat16")
+    if repeats < 1 or steps < 100 or num_proc < 1:
+        raise ValueError("repeats and num_proc must be at least 1, and steps at least 100")
     with tempfile.TemporaryDirectory() as folder:
-        bench_prepare(Path(folder))
+        benches[what](Path(folder))
 
 
 if __name__ == "__main__":

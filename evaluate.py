@@ -129,14 +129,14 @@ def run_val(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
         raise ValueError(f"{found.path} does not tell its dataset; write --dataset=NAME")
     folder = Path(name) if os.sep in name or "/" in name else ROOT / "data" / name
     size = found.model.config
-    data = TokenData(folder, "val", 1, size.vocab_size)
     theirs = get_tokenizer(read_meta(folder)["tokenizer"], folder)
     if (theirs.name, theirs.json_text) != (found.tok.name, found.tok.json_text):
         raise ValueError(
             f"{found.path} has the tokenizer {found.tok.name!r}, but {folder} is in "
             f"{theirs.name!r} or another version of it; choose another --dataset"
         )
-    ids = data.maps[0] if len(data.maps) == 1 else np.concatenate(data.maps)
+    data = TokenData(folder, "val", 1, size.vocab_size)
+    ids = data.ids[0] if len(data.ids) == 1 else np.concatenate(data.ids)
     window = size.max_position_embeddings
     scores = measure(found, sliding(ids, window, window), size.vocab_size, number)
     nbytes = data.nbytes or token_bytes(ids, found.tok)

@@ -297,8 +297,8 @@ def test_a_data_file_that_is_cut_short_meanwhile(slow_run, tmp_path, dataset, wh
 
 
 def test_time_limit_saves_and_stops(tiny, tmp_path):
-    text = must(start([*tiny, "--max_iters=100000", "--time_limit=0.05"]))
-    assert "stopped by time_limit=0.05" in text and "--init_from=resume" in text
+    text = must(start([*tiny, "--max_iters=100000", "--time_limit=0.15"]))
+    assert "stopped by time_limit=0.15" in text and "--init_from=resume" in text
     newest = checkpoint.steps_saved(tmp_path / "out")[0][0]
     assert 0 < newest < 100000 and max(losses(tmp_path / "out")) == newest - 1
 

@@ -63,14 +63,20 @@ def test_the_first_command_shortened(clone):
     assert result.stdout and (clone / "out" / "demo" / "loss.png").stat().st_size > 5000
 
 
-def test_the_sampling_commands(clone):
-    """After the first command there is a checkpoint to sample from."""
+def test_the_sampling_and_evaluation_commands(clone):
+    """After the first command there is a checkpoint to sample from and to measure."""
     (clone / "prompt.txt").write_text("Some prompt", encoding="utf-8")
     found = [c for c in commands("README.md") if c[1] == "sample.py" and "--out_dir=out/demo" in c]
     assert len(found) >= 3
     for args in found[1:]:
         result = run([*args, "--max_new_tokens=3"], clone)
         assert result.returncode == 0, result.stderr
+    found = [c for c in commands("README.md") if c[1:3] == ["evaluate.py", "--out_dir=out/demo"]]
+    assert len(found) == 2
+    for args in found:
+        result = run(args, clone)
+        assert result.returncode == 0, result.stderr
+        assert '"bits_per_byte"' in result.stdout
 
 
 @pytest.mark.slow

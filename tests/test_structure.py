@@ -37,7 +37,7 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
         *("configurator", "dataloader", "pretrained", "runlog", "runtime", "scoring"),
         "tokenizer",
     },
-    "bench": {"configurator", "model", "runtime"},
+    "bench": {"configurator", "hf", "model", "runtime"},
     "data/prepare": {"configurator", "tokenizer"},
 }
 PROJECT = {name.split("/")[-1] for name in ALLOWED}

@@ -97,6 +97,29 @@ def stream(
                 return
 
 
+def compile_decode(model: Model, length: int, freeze: bool = False) -> str:
+    """Compile model.decode, for a batch of one and texts of `length` tokens at once.
+
+    Other batches and lengths compile when they come. freeze=True packs the weights for the CPU
+    into the graph, which holds them once more. Returns "", or why it failed: the model is then as
+    before, and no compiler's error comes in the middle of a text.
+    """
+    import torch._inductor.config  # not before it is needed: it takes a second
+
+    torch._inductor.config.freezing = freeze
+    plain = model.decode
+    model.decode = torch.compile(plain, dynamic=False)  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            cache = model.new_cache(1, cache_length(length, model.config.max_position_embeddings))
+            zeros = torch.zeros(1, dtype=torch.int64, device=cache.keys[0].device)
+            model.decode(zeros[None], zeros.clone(), cache, zeros.clone())
+    except Exception as e:  # whatever a compiler, a driver or a full disk may raise
+        model.decode = plain  # type: ignore[method-assign]
+        return f"{type(e).__name__}: {e}".splitlines()[0][:120]
+    return ""
+
+
 def cache_length(length: int, context: int) -> int:
     """Positions to make room for when a text is to have `length` tokens.
 

@@ -14,6 +14,7 @@ from configurator import overrides
 ALLOWED = {  # scripts never import scripts; what reads and writes models may import leaves
     "configurator": set(),
     "sampling": set(),
+    "quantization": set(),
     "model": {"sampling"},
     "dataloader": set(),
     "runtime": set(),
@@ -28,7 +29,10 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
         *("checkpoint", "configurator", "dataloader", "model", "pretrained", "runlog", "runtime"),
         "tokenizer",
     },
-    "sample": {"configurator", "model", "pretrained", "runtime", "sampling", "tokenizer"},
+    "sample": {
+        *("configurator", "model", "pretrained", "quantization", "runtime", "sampling"),
+        "tokenizer",
+    },
     "export": {
         *("checkpoint", "configurator", "gguf_writer", "hf", "model", "pretrained", "runlog"),
         *("runtime", "tokenizer"),

@@ -452,9 +452,9 @@ def parquet_documents(file: str, column: str, start: int, end: int) -> Iterator[
     import pyarrow.parquet
 
     try:
+        check_column(file, column, pyarrow.parquet.read_schema(file).names)
         # as a dictionary a text that is repeated is in memory once, however hostile the file
         with pyarrow.parquet.ParquetFile(file, read_dictionary=[column]) as table:
-            check_column(file, column, table.schema_arrow.names)
             for i in range(start, end or table.num_row_groups):
                 group = table.metadata.row_group(i)
                 row_bytes = group.total_byte_size // max(1, group.num_rows) + 1

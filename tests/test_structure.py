@@ -41,7 +41,10 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
         *("configurator", "dataloader", "pretrained", "runlog", "runtime", "scoring"),
         "tokenizer",
     },
-    "bench": {"configurator", "hf", "model", "runtime"},
+    "bench": {
+        *("configurator", "dataloader", "gguf_writer", "hf", "model", "quantization", "runtime"),
+        *("sampling", "tokenizer"),
+    },
     "data/prepare": {"configurator", "tokenizer"},
 }
 PROJECT = {name.split("/")[-1] for name in ALLOWED}

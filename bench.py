@@ -473,7 +473,7 @@ def bench_growth(folder: Path) -> None:
         for row, (label, values) in enumerate((("tokens/s", speeds), ("peak MB", peaks))):
             axes = grid[row][column]
             axes.plot(numbers, [values[shapes[name, n]] for n in numbers], "o-")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(values.values()))
             axes.spines[["top", "right"]].set_visible(False)
             if column == 0:
                 axes.set_ylabel(label)

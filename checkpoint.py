@@ -82,44 +82,80 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def to_cpu(
-    value: Any,
-    old: Any = None,
-    seen: dict[tuple[int, torch.Size], Tensor] | None = None,
-    keep: bool = True,
-) -> Any:
-    """A copy of nested dicts and lists whose tensors are on the CPU and shared with nobody.
-
-    Tied tensors stay tied, so that they are written once. Tensors of `old`, an earlier copy that
-    nobody needs any more, are written over: new memory takes longer than the copying.
-    Sharded tensors are gathered, one at a time, so that all their ranks have to call this; those
-    with keep=False get a copy without tensors.
-    """
-    seen = {} if seen is None else seen
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested dicts, lists and tuples, in order."""
     if isinstance(value, Tensor):
-        gather = getattr(value, "full_tensor", None)
-        # A rank's shard may be empty, but all ranks must see the same tensors as tied: the padded
-        # storage of a weight's shard is never empty, and optimizer states are never tied.
-        shard: Any = value
-        local = shard.to_local().untyped_storage() if gather else value
-        key = (local.data_ptr(), value.shape)
-        if key not in seen or value.numel() == 0 or local.data_ptr() == 0:
-            same = isinstance(old, Tensor) and (old.shape, old.dtype) == (value.shape, value.dtype)
-            whole = gather() if gather else value.detach()
-            room = torch.empty(0)
-            if keep:
-                room = old if same else torch.empty_like(whole, device="cpu")
-                room.copy_(whole)
-            seen[key] = room
-        return seen[key]
-    if isinstance(value, dict):
-        old = old if isinstance(old, dict) else {}
-        return {k: to_cpu(v, old.get(k), seen, keep) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        known = isinstance(old, list | tuple) and len(old) == len(value)
-        pairs = zip(value, old if known else [None] * len(value), strict=True)
-        return type(value)(to_cpu(v, o, seen, keep) for v, o in pairs)
-    return value
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value
+    nested = isinstance(value, dict | list | tuple)
+    return [t for part in inner for t in tensors_in(part)] if nested else []
+
+
+class Packed:
+    """A copy of nested dicts and lists on the CPU, its tensors in one piece of memory per type.
+
+    torch.save writes a record per piece, not per tensor: for a small model that is most of its
+    time. The pieces are used again by the next copy: new memory takes longer than the copying.
+
+    Sharded tensors are made whole, one at a time, in which all their ranks take part.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: dict[torch.dtype, Tensor] = {}
+
+    def copy(self, value: Any) -> Any:
+        """`value` with its tensors copied; the last copy is written over. Tied ones stay tied."""
+        unique = {identity(t): t for t in tensors_in(value)}
+        needed: dict[torch.dtype, int] = {}
+        for tensor in unique.values():
+            needed[tensor.dtype] = needed.get(tensor.dtype, 0) + room_for(tensor)
+        for dtype, length in needed.items():
+            if dtype not in self.pieces or len(self.pieces[dtype]) != length:
+                self.pieces[dtype] = torch.zeros(length, dtype=dtype)
+        copies, used = {}, dict.fromkeys(needed, 0)
+        for key, tensor in unique.items():
+            at = used[tensor.dtype]
+            copies[key] = self.pieces[tensor.dtype][at : at + tensor.numel()].view(tensor.shape)
+            copies[key].copy_(whole(tensor))
+            used[tensor.dtype] += room_for(tensor)
+
+        def replaced(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return copies[identity(part)]
+            if isinstance(part, dict):
+                return {k: replaced(v) for k, v in part.items()}
+            return type(part)(map(replaced, part)) if isinstance(part, list | tuple) else part
+
+        return replaced(value)
+
+
+def take_part(value: Any) -> None:
+    """What a rank does for another one's `Packed.copy` of the same value."""
+    for tensor in {identity(t): t for t in tensors_in(value)}.values():
+        whole(tensor)
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor without its shards: a collective call when it has some, as FSDP's have."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+    return full
+
+
+def identity(tensor: Any) -> tuple[Any, ...]:
+    """Equal for two tensors that are one, as a tied head and its embedding are.
+
+    All ranks of sharded tensors must find the same ones equal, though a rank's shard may be empty.
+    A weight's is padded in memory, so that it has an address; an optimizer state is never tied.
+    """
+    address = tensor.data_ptr()
+    if hasattr(tensor, "full_tensor"):
+        address = tensor.to_local().untyped_storage().data_ptr() or id(tensor)
+    return address, tensor.shape, tensor.stride(), tensor.dtype
+
+
+def room_for(tensor: Tensor) -> int:
+    """Elements to keep for a tensor, so that the next one begins at a multiple of 64 bytes."""
+    return -(-tensor.nbytes // 64) * 64 // tensor.element_size()
 
 
 class Saver:
@@ -139,7 +175,7 @@ class Saver:
         self.writes = writes
         self.thread = ThreadPoolExecutor(1, "checkpoint", initializer=step_aside)
         self.job: Future[None] | None = None
-        self.copy: Any = None  # of the last state, on the CPU
+        self.packed: dict[str, Packed] = {}  # copies of the last state's parts
         self.problem = self.best_failed = ""
         self.unsaid: list[str] = []
 
@@ -153,9 +189,15 @@ class Saver:
 
     def submit(self, state: dict[str, Any], write: Callable[..., None], *args: int) -> None:
         self.wait()
-        self.copy = to_cpu(state, self.copy, keep=self.writes)
         if self.writes:
-            self.job = self.thread.submit(write, *args, self.copy)
+            self.job = self.thread.submit(write, *args, self.copy(state))
+        else:
+            for part in state.values():
+                take_part(part)
+
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Each part in memory of its own: who loads the file and drops one part gets its room."""
+        return {k: self.packed.setdefault(k, Packed()).copy(v) for k, v in state.items()}
 
     def wait(self) -> None:
         """Return when nothing is being written."""

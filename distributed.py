@@ -230,12 +230,6 @@ def set_sync(net: nn.Module, last: bool, only: bool) -> None:
                 part.set_reshard_after_forward(only and part is not net, recurse=False)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, on every rank."""
-    full = getattr(tensor, "full_tensor", None)
-    return full() if full else tensor
-
-
 def share_optimizer(team: Team, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Give all ranks the optimizer state that rank 0 has read: its `state_dict()` on the CPU.
 

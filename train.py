@@ -652,7 +652,7 @@ def main() -> None:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         mean = team.sum(mean) / ranks
         loss, grad_norm = torch.stack(
-            (mean, distributed.whole(norm))
+            (mean, checkpoint.whole(norm))
         ).tolist()  # the step's one wait for the device
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         spike = finite and is_spike(loss, state.recent_losses, skip_spike)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -30,7 +31,7 @@ def torchrun(ranks, *flags, code="", out=None, launcher=()):
             f"{head}{code}\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n",
             encoding="utf-8",
         )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *launcher]
+    command = [sys.executable, "-m", "torch.distributed.run", *(launcher or ["--standalone"])]
     command += [f"--nproc_per_node={ranks}", str(path), *flags]
     if out:
         command.append(f"--out_dir={out}")
@@ -40,7 +41,7 @@ def torchrun(ranks, *flags, code="", out=None, launcher=()):
 
 
 def finish(process):
-    text, err = process.communicate(timeout=240)
+    text, err = process.communicate(timeout=600)
     return process.returncode, text, err
 
 
@@ -101,8 +102,27 @@ def test_two_ranks_make_the_same_run(on_two, whole):
 
 
 @pytest.mark.slow
-def test_four_ranks_make_the_same_run(flags, whole, tmp_path):
-    must(torchrun(4, *flags, out=tmp_path / "out"))
+@pytest.mark.parametrize(("ranks", "parallel"), [(4, "ddp"), (2, "fsdp"), (4, "fsdp")])
+def test_more_ranks_and_shards_make_the_same_run(flags, whole, tmp_path, ranks, parallel):
+    must(torchrun(ranks, *flags, f"--parallel={parallel}", out=tmp_path / "out"))
+    assert_same_run(tmp_path / "out", whole)
+
+
+@pytest.mark.slow
+def test_two_machines_with_a_whole_model_each_make_the_same_run(flags, whole, tmp_path):
+    """HSDP, two torchruns meeting at a port as on two machines."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    nodes = [
+        torchrun(
+            2, *flags, "--parallel=hsdp", out=tmp_path / "out",
+            launcher=["--nnodes=2", f"--node_rank={i}", "--rdzv_backend=c10d", "--rdzv_id=x",
+                      f"--rdzv_endpoint=localhost:{port}"],
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    assert "x 4 ranks" in "".join([must(node) for node in nodes])
     assert_same_run(tmp_path / "out", whole)
 
 
@@ -119,6 +139,24 @@ def test_saved_on_two_ranks_resumed_on_one(on_two, flags, script, tmp_path):
     result = script("train.py", *flags, "--init_from=auto", f"--out_dir={out}")
     assert result.code == 0 and "resumed" in result.out, result.err
     assert_same_run(out, on_two)
+
+
+def test_saved_on_two_ranks_resumed_on_three_with_shards(on_two, flags, tmp_path):
+    """Three do not divide the weights' rows: the shards are uneven."""
+    out = cut(on_two, tmp_path / "out")
+    text = must(torchrun(3, *flags, "--init_from=resume", "--parallel=fsdp", out=out))
+    assert "resumed" in text
+    assert_same_run(out, on_two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_saved_in_shards_resumed_without(flags, whole, tmp_path, ranks):
+    first = tmp_path / "first"
+    must(torchrun(2, *flags, "--parallel=fsdp", out=first))
+    out = cut(first, tmp_path / "out")
+    must(torchrun(ranks, *flags, "--init_from=resume", out=out))
+    assert_same_run(out, whole)
 
 
 @pytest.mark.slow
@@ -149,7 +187,7 @@ def test_a_killed_worker_is_restarted_from_the_last_checkpoint(on_two, flags, tm
     out = tmp_path / "out"
     process = torchrun(
         2, *flags, "--init_from=auto", code=AT_STEP.format(do=kill), out=out,
-        launcher=["--max-restarts=3"],
+        launcher=["--standalone", "--max-restarts=3"],
     )  # fmt: skip
     code, text, err = finish(process)
     assert code == 0, err
@@ -193,7 +231,8 @@ def test_a_signal_to_torchrun_stops_all(flags, tmp_path, name):
     ("flag", "words"),
     [
         ("--batch_size=5", "5 x 32 x 2 = 320; nearest: --tokens_per_step=320 or 640"),
-        ("--max_skipped=0", "max_skipped must be at least 1"),
+        pytest.param("--max_skipped=0", "must be at least 1", marks=pytest.mark.slow),
+        pytest.param("--device=cuda:1", "choose GPUs by", marks=pytest.mark.slow),
     ],
 )
 def test_a_mistake_is_one_line_from_one_rank(flags, tmp_path, flag, words):
@@ -214,6 +253,7 @@ def test_what_goes_wrong_on_one_rank_is_one_line(flags, tmp_path, rank):
     assert code == 1 and line.endswith("its disk is broken"), err
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_one_rank_halves_the_micro_batch_of_all(flags, whole, tmp_path):
     code = """
 import torch, model
@@ -228,3 +268,46 @@ model.GPT.forward = forward
     assert "another rank is out of memory" in text and "going on with 1 x 6" in text
     got, want = ([v for (_, k), v in losses(f).items() if k == "loss"] for f in (out, whole))
     assert got == pytest.approx(want, rel=1e-5)
+
+
+COUNT = """
+import collections, json
+from torch.profiler import ProfilerActivity, profile
+train, argv, found = {train!r}, sys.argv, []
+for parallel, batch in (("ddp", 6), ("ddp", 1), ("fsdp", 6), ("fsdp", 2)):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(len(found))  # a group of its own
+    sys.argv = [*argv, f"--parallel={{parallel}}", f"--batch_size={{batch}}"]
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        try:
+            runpy.run_path(train, run_name="__main__")
+        except SystemExit:
+            pass
+    moved = collections.Counter()
+    for e in seen.events():
+        if e.name == "gloo:all_reduce" and parallel == "ddp" and e.input_shapes[0] > [8]:
+            moved["reduced"] += e.input_shapes[0][0]
+        elif e.name == "c10d::_reduce_scatter_base_":
+            moved["reduced"] += e.input_shapes[1][0]
+        elif e.name == "c10d::_allgather_base_":
+            moved["gathered"] += e.input_shapes[0][0]
+    found.append(moved)
+if os.environ["RANK"] == "0":
+    print("FOUND", json.dumps(found))
+sys.exit(0)
+"""
+
+
+def test_a_step_exchanges_each_gradient_once_whatever_the_accumulation(flags, whole, tmp_path):
+    """Counted in the profiler's events: 1, 3 and 6 micro-steps a rank; 2 updates."""
+    model = checkpoint.load(whole / "ckpt_50.pt")["model"]
+    size = sum(t.numel() for name, t in model.items() if name != "lm_head.weight")
+    more = ["--max_iters=2", "--warmup_iters=0", "--eval_iters=1", "--overwrite=True"]
+    code = COUNT.format(train=str(ROOT / "train.py"))
+    text = must(torchrun(2, *flags, *more, code=code, out=tmp_path / "out"))
+    (line,) = [line for line in text.splitlines() if line.startswith("FOUND")]
+    found = json.loads(line[6:])
+    assert [f["reduced"] for f in found[:2]] == [2 * size] * 2
+    # a sharded run has its first micro-step once more, which tries out the memory
+    assert [f["reduced"] for f in found[2:]] == [3 * size] * 2
+    # with several micro-steps a block's weights are gathered once a step, not twice
+    assert found[3]["gathered"] < found[2]["gathered"]

@@ -8,6 +8,7 @@ prepare: data/prepare.py against nanoGPT's recipe (datasets.map with encode_ordi
     vocabulary where tiktoken finds it (a network, or TIKTOKEN_CACHE_DIR).
 train: training steps of this model against transformers' Llama of the same shape and --peer's
     models: tokens/s, share of the speed of a large matrix product, peak memory of tensors.
+growth: the same for this model alone, against context, batch and depth.
 save: updates of the demo's training with a checkpoint among them against updates without.
 decode: greedy text from random weights (--layers=24 --hidden=1024: the reference's shape) against
     transformers' cached generate, --peer's models and, where llama-cpp-python is installed,
@@ -42,10 +43,8 @@ what = "prepare"  # what to measure; see above
 repeats = 3  # times each variant is run
 text = ""  # prepare: a .jsonl of {"text": ...}; empty = the embedded corpus, repeated to 64 MB
 num_proc = 2  # prepare: processes or threads of every variant
-peer = (
-    ""  # train, decode: paths of other model.py files, EasyGPT's or nanoGPT's, with commas between
-)
-mode = "both"  # train, decode: eager, compiled or both
+peer = ""  # train, decode: other model.py files, EasyGPT's or nanoGPT's, with commas between
+mode = "both"  # train, decode: eager, compiled or both; growth: eager unless compiled
 dtype = "float32"  # train: or bfloat16, by autocast; decode: of the weights
 layers = 6  # train, decode
 hidden = 384  # train, decode
@@ -54,7 +53,7 @@ context = 256  # train: tokens in a window
 steps = 600  # save: updates of a run
 cases = "1x64,1x512,8x64"  # decode: prompts in a batch x tokens of each
 new_tokens = 128  # decode: made after each prompt
-png = ""  # decode, load, startup: also draw the table's bars into this file
+png = ""  # not prepare, save: also draw the table into this file
 
 ROOT = Path(__file__).resolve().parent
 CORPUS_BYTES, DOCUMENT_BYTES = 64e6, 5000
@@ -400,7 +399,30 @@ def bench_train(folder: Path) -> None:
     shape = Shape(layers, hidden, batch, context)
     names = ["ours", "transformers", *filter(None, peer.split(","))]
     modes = {"eager": [False], "compiled": [True], "both": [False, True]}[mode]
-    trainers = [Trainer(n, compiled, shape, dtype) for compiled in modes for n in names]
+    kinds = [(n, compiled) for compiled in modes for n in names]
+    trainers = [Trainer(n, compiled, shape, dtype) for n, compiled in kinds]
+    train_in_turn(trainers)
+    flops = flops_per_token(GPT(shape.size)) * batch * context
+    top = matmul_peak(dtype)
+    print(f"\n{shape}, {dtype}; median of {3 * repeats} steps, in turn")
+    print("| model | tokens/s | times the last | of matmul peak | peak tensor MB |")
+    print("|---|---|---|---|---|")
+    last, bars = trainers[-1].seconds, []
+    for trainer, (name, compiled) in zip(trainers, kinds, strict=True):
+        seconds = statistics.median(trainer.seconds)
+        ratio = statistics.median(b / a for a, b in zip(trainer.seconds, last, strict=True))
+        peak = measured_peak(name, compiled, shape, folder)
+        bars.append((trainer.name, batch * context / seconds))
+        print(
+            f"| {trainer.name} | {batch * context / seconds:,.0f} | {ratio:.2f} | "
+            f"{flops / seconds / top:.0%} | {peak / 1e6:,.0f} |",
+            flush=True,
+        )
+    picture(png, f"training, tokens/s, {shape}, {dtype}", bars)
+
+
+def train_in_turn(trainers: list[Trainer]) -> None:
+    """Two steps of each that do not count, then `repeats` rounds of three."""
     for trainer in trainers:
         trainer.step()
         trainer.step()
@@ -410,25 +432,58 @@ def bench_train(folder: Path) -> None:
         for trainer in trainers:
             for _ in range(3):
                 trainer.step()
-    flops = flops_per_token(GPT(shape.size)) * batch * context
-    top = matmul_peak(dtype)
-    print(f"\n{shape}, {dtype}; median of {3 * repeats} steps, in turn")
-    print("| model | tokens/s | times the last | of matmul peak | peak tensor MB |")
-    print("|---|---|---|---|---|")
-    last = trainers[-1].seconds
-    for trainer, (compiled, name) in zip(
-        trainers, [(c, n) for c in modes for n in names], strict=True
-    ):
-        seconds = statistics.median(trainer.seconds)
-        ratio = statistics.median(b / a for a, b in zip(trainer.seconds, last, strict=True))
-        given = f"{name!r}, {compiled}, bench.{shape}, {dtype!r}"
-        call = f"import bench; print(bench.peak_memory({given}))"
-        peak = int(run(["-c", call], folder).printed.splitlines()[-1]) / 1e6
-        print(
-            f"| {trainer.name} | {batch * context / seconds:,.0f} | {ratio:.2f} | "
-            f"{flops / seconds / top:.0%} | {peak:,.0f} |",
-            flush=True,
-        )
+
+
+def measured_peak(name: str, compiled: bool, shape: Shape, folder: Path) -> int:
+    """peak_memory, in bytes, of a process of its own."""
+    given = f"{name!r}, {compiled}, bench.{shape}, {dtype!r}"
+    found = run(["-c", f"import bench; print(bench.peak_memory({given}))"], folder)
+    return int(found.printed.strip().splitlines()[-1])
+
+
+def bench_growth(folder: Path) -> None:
+    """Print how speed and memory of training change with context, batch and depth."""
+    base, compiled = Shape(layers, hidden, batch, context), mode == "compiled"
+    sweeps = {
+        "context": [base.context * n // 2 for n in (1, 2, 4, 8)],
+        "batch": [max(1, base.batch * n // 4) for n in (1, 2, 4, 8)],
+        "layers": [max(1, base.layers * n // 2) for n in (1, 2, 4)],
+    }
+    shapes = {
+        (name, n): dataclasses.replace(base, **{name: n})
+        for name, numbers in sweeps.items()
+        for n in numbers
+    }
+    trainers = {s: Trainer("ours", compiled, s, dtype) for s in dict.fromkeys(shapes.values())}
+    train_in_turn(list(trainers.values()))
+    speeds = {s: s.batch * s.context / statistics.median(t.seconds) for s, t in trainers.items()}
+    peaks = {s: measured_peak("ours", compiled, s, folder) / 1e6 for s in trainers}
+    print(f"\n{base}, {dtype}, {'compiled' if compiled else 'eager'}, one changed at a time")
+    print("| changed | tokens/s | peak tensor MB |")
+    print("|---|---|---|")
+    for (name, n), shape in shapes.items():
+        print(f"| {name} {n} | {speeds[shape]:,.0f} | {peaks[shape]:,.0f} |")
+    if not png:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    grid = figure.subplots(2, 3, sharex="col", sharey="row")
+    for column, (name, numbers) in enumerate(sweeps.items()):
+        for row, (label, values) in enumerate((("tokens/s", speeds), ("peak MB", peaks))):
+            axes = grid[row][column]
+            axes.plot(numbers, [values[shapes[name, n]] for n in numbers], "o-")
+            axes.set_ylim(0, 1.1 * max(values.values()))
+            axes.spines[["top", "right"]].set_visible(False)
+            if column == 0:
+                axes.set_ylabel(label)
+        grid[1][column].set_xlabel(name)
+        grid[1][column].set_xticks(numbers)
+    figure.suptitle(
+        f"training: hidden {hidden}, else {base.layers} layers, batch {base.batch}, "
+        f"context {base.context}; {dtype}, {'compiled' if compiled else 'eager'}"
+    )
+    figure.savefig(png, dpi=120)
 
 
 def bench_save(folder: Path) -> None:
@@ -788,7 +843,12 @@ def bench_startup(folder: Path) -> None:
 def main() -> None:
     benches = {
         **{"prepare": bench_prepare, "train": bench_train, "decode": bench_decode},
-        **{"load": bench_load, "startup": bench_startup, "save": bench_save},
+        **{
+            "growth": bench_growth,
+            "load": bench_load,
+            "startup": bench_startup,
+            "save": bench_save,
+        },
     }
     if what not in benches:
         raise ValueError(f"what must be {', '.join(benches)}, not {what!r}")

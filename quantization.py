@@ -37,7 +37,8 @@ class Int8Linear(nn.Module):
         if len(rows) >= PROMPT_ROWS:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         else:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).to(x.dtype)
+            scale = self.scale.bfloat16()  # whatever model.to() has made of it
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, scale).to(x.dtype)
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)
 

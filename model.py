@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 INIT_STD = 0.02  # GPT-2's; the two projections into the residual stream get less, see GPT.__init__
 IGNORE_INDEX = -1  # a target that does not count, as in nanoGPT
@@ -237,6 +238,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # True: backward computes blocks anew
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -270,7 +272,15 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit in a context of {context}")
         x = F.dropout(self.embed_tokens(idx), self.config.dropout, self.training)
         for block in self.layers:
-            x = block(x, self.cos[:T], self.sin[:T])
+            if self.activation_checkpointing and self.training:
+                random = self.config.dropout > 0  # the second time must drop what the first did
+                x = checkpoint(
+                    *(block, x, self.cos[:T], self.sin[:T]),
+                    use_reentrant=False,
+                    preserve_rng_state=random,
+                )
+            else:
+                x = block(x, self.cos[:T], self.sin[:T])
         if targets is None:
             logits: Tensor = self.lm_head(self.norm(x[:, -1:]))
             return logits, None

@@ -89,6 +89,7 @@ wandb_run_name = ""  # empty = the name of out_dir
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: type of matrix products, by autocast
 compile = "auto"  # auto, True, False: torch.compile
+activation_checkpointing = False  # compute each block twice: less memory, about a third more time
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent
@@ -344,6 +345,7 @@ def main() -> None:
         log=300 * (max_iters // log_interval + max_iters // eval_interval),
     )
     model.to(where)
+    model.activation_checkpointing = activation_checkpointing
     optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(where.type, enabled=number == torch.float16)
     if resumed:

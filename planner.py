@@ -6,8 +6,8 @@ computed; only time_steps measures.
 """
 
 import contextlib
+import datetime
 import functools
-import math
 import operator
 import os
 import statistics
@@ -31,8 +31,8 @@ from model import GPT, GPTConfig, num_parameters
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits and loss", "workspace")
 GIB = 2**30
-# Memory that is not in the graph. On a GPU: CUDA's context and kernels (0.3 to 0.5 GiB), buffers
-# inside kernels, the allocator's gaps. On a CPU: Python and torch. An assumption, not a measurement.
+# Memory that is not in the graph, assumed and not measured. On a GPU: CUDA's context and kernels
+# (0.3 to 0.5 GiB), buffers inside kernels, the allocator's gaps. On a CPU: Python and torch.
 RESERVE = {"cuda": 1.0 * GIB, "mps": 1.0 * GIB, "cpu": 0.5 * GIB}
 CARD_SIZES = (24, 16, 12, 8)  # GiB, of consumer cards
 # Share of the peak that training reaches. EasyGPT's reference run is reported with 22.7k tokens/s
@@ -45,7 +45,8 @@ VIEWS = {"view", "permute", "slice", "expand", "unsqueeze", "squeeze", "t", "tra
 VIEWS |= {"alias", "split", "split_with_sizes", "as_strided", "detach"}
 # Operators that the compiler calls as they are: what they read and write exists in memory.
 KERNELS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product", "index_put", "scatter")
-KERNELS += ("embedding_dense_backward", "_linear_cross_entropy", "linear_cross_entropy")
+KERNELS += ("embedding_dense_backward", "_unsafe_masked_index_put", "_linear_cross_entropy")
+KERNELS += ("linear_cross_entropy", "run_and_save_rng_state", "run_with_rng_state")
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,16 @@ class Card:
 
     name: str  # as in runtime.PEAK_TFLOPS, and a memory size where there are several
     memory: int  # GiB
-    link: float = 12e9  # bytes/s to the next card of the machine; PCIe 4.0 x16 gives about half of 25
+    link: float = (
+        12e9  # bytes/s to the next card of the machine; PCIe 4.0 x16 gives about half of 25
+    )
     half: torch.dtype = torch.bfloat16
 
     @property
-    def peak(self) -> float:
-        """Dense 16-bit FLOP/s."""
-        return runtime.PEAK_TFLOPS[runtime.short_name(self.name)] * 1e12
-
-    @property
-    def mfu(self) -> float:
-        """The share of the peak that is assumed for training."""
-        return REFERENCE_MFU.get(self.name, ASSUMED_MFU)
+    def flops_per_s(self) -> float:
+        """What training is assumed to reach: a share of the dense 16-bit peak."""
+        share = REFERENCE_MFU.get(self.name, ASSUMED_MFU)
+        return share * runtime.PEAK_TFLOPS[runtime.short_name(self.name)] * 1e12
 
 
 CARDS = (
@@ -171,9 +170,9 @@ def micro_step(model: Callable[..., Any], x: Tensor, dtype: torch.dtype) -> Tens
     return loss
 
 
-def fake_model(training: Training, layers: int) -> tuple[GPT, Tensor]:
-    """A model of so many layers and a batch for it; call it inside a FakeTensorMode."""
-    model = GPT(replace(training.size, num_hidden_layers=layers))
+def fake_model(training: Training) -> tuple[GPT, Tensor]:
+    """The model and a batch for it; call it inside a FakeTensorMode."""
+    model = GPT(training.size)
     model.activation_checkpointing = training.checkpointing
     shape = (probe(training.size), training.size.max_position_embeddings)
     return model, torch.zeros(shape, dtype=torch.int64)
@@ -216,14 +215,14 @@ class Storages(TorchDispatchMode):
             part[0] = to
 
 
-def trace_eager(training: Training, layers: int) -> list[Tensor]:
-    """Moments of the forward pass and of both halves of the backward pass, run operator by operator.
+def trace_eager(training: Training) -> list[Tensor]:
+    """Moments of the forward pass and of both halves of the backward pass, run op by op.
 
     Each (moments, 2 x parts) float64: fixed bytes, then bytes a window.
     """
     ledger = Ledger(training.size)
     with FakeTensorMode(), flash_attention(training.kind):
-        model, x = fake_model(training, layers)
+        model, x = fake_model(training)
         if training.accumulates:
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
@@ -241,13 +240,13 @@ def trace_eager(training: Training, layers: int) -> list[Tensor]:
             loss = micro_step(model, x, training.dtype)
             ledger.note()
             turn = len(ledger.moments)
-            loss.backward()
+            torch.autograd.backward(loss)
     moments = torch.tensor(ledger.moments, dtype=torch.float64)
     half = (turn + len(moments)) // 2
     return [moments[:turn], moments[turn:half], moments[half:]]
 
 
-def captured(training: Training, layers: int) -> tuple[fx.Graph, fx.Graph]:
+def captured(training: Training) -> tuple[fx.Graph, fx.Graph]:
     """The forward and backward graph that torch.compile hands to its code generator."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
@@ -270,9 +269,9 @@ def captured(training: Training, layers: int) -> tuple[fx.Graph, fx.Graph]:
     torch._dynamo.reset()
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # what is not fake are states of dropout
     with fake, V.set_fake_mode(fake), flash_attention(training.kind):
-        model, x = fake_model(training, layers)
+        model, x = fake_model(training)
         model.compile(backend=backend)
-        micro_step(model, x, training.dtype).backward()
+        torch.autograd.backward(micro_step(model, x, training.dtype))
     torch._dynamo.reset()  # a real run starts with nothing compiled
     forward, backward = found
     return forward, backward
@@ -288,9 +287,8 @@ def is_kernel(n: fx.Node) -> bool:
 
 
 def is_view(n: fx.Node) -> bool:
-    if n.target is operator.getitem:
-        return not is_kernel(n.all_input_nodes[0])
-    return op_name(n) in VIEWS
+    name = op_name(n.all_input_nodes[0] if n.target is operator.getitem else n)
+    return name in VIEWS
 
 
 class Lifetimes:
@@ -351,10 +349,8 @@ class Lifetimes:
         """
 
         def book(n: fx.Node, sign: int) -> None:
-            value = n.meta.get("val")
-            if isinstance(value, Tensor):
-                part = ledger.part_of(value, parts.get(n, PARTS[5]))
-                ledger.book(part, sign * value.numel() * value.element_size())
+            if nbytes := bytes_of(n):
+                ledger.book(ledger.part_of(n.meta["val"], parts.get(n, PARTS[5])), sign * nbytes)
 
         for n in given:
             book(n, 1)
@@ -365,7 +361,7 @@ class Lifetimes:
             dying = [d for d in self.dying[n] if d in given or d in self.real]
             if not is_kernel(n) and n.target is not operator.getitem:
                 spent = (d for d in dying if d in owned or d in self.real)
-                if reused := next((d for d in spent if same_bytes(d, n)), None):
+                if reused := next((d for d in spent if bytes_of(d) == bytes_of(n)), None):
                     book(reused, -1)
                     dying.remove(reused)
             book(n, 1)
@@ -374,16 +370,17 @@ class Lifetimes:
                 book(d, -1)
 
 
-def same_bytes(a: fx.Node, b: fx.Node) -> bool:
-    x, y = a.meta.get("val"), b.meta.get("val")
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-        return False
-    return x.numel() * x.element_size() == y.numel() * y.element_size()
+def bytes_of(n: fx.Node) -> int:
+    """Of a value; 0 for what is no tensor, and for a random generator's state of unknown length."""
+    value = n.meta.get("val")
+    if not isinstance(value, Tensor) or not isinstance(value.numel(), int):
+        return 0
+    return value.numel() * value.element_size()
 
 
-def trace_compiled(training: Training, layers: int) -> list[Tensor]:
+def trace_compiled(training: Training) -> list[Tensor]:
     """As trace_eager, of the compiled graph."""
-    forward, backward = captured(training, layers)
+    forward, backward = captured(training)
     going, coming = Lifetimes(forward), Lifetimes(backward)
     inputs = [n for n in coming.nodes if n.op == "placeholder"]
     tangents = [n for n in inputs if n.name.startswith("tangents")]
@@ -416,8 +413,15 @@ def trace_compiled(training: Training, layers: int) -> list[Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
-def trace(training: Training, layers: int) -> list[Tensor]:
-    return (trace_compiled if training.compiled else trace_eager)(training, layers)
+def trace(training: Training) -> list[Tensor]:
+    """The moments of a training whose size is small enough to be traced as it is."""
+    return (trace_compiled if training.compiled else trace_eager)(training)
+
+
+def shallow(training: Training, layers: int) -> Training:
+    """The same with other layers, and equal for all whose graphs are."""
+    size = replace(training.size, num_hidden_layers=layers)
+    return replace(training, size=size, accumulates=training.accumulates and not training.compiled)
 
 
 def states(size: GPTConfig) -> dict[str, int]:
@@ -438,11 +442,12 @@ def memory(training: Training, windows: int) -> dict[str, float]:
     """
     fixed = states(training.size)
     if not training.accumulates:
-        fixed[PARTS[1]] = 0
+        fixed[PARTS[1]] = 0  # the backward pass makes them
     layers = training.size.num_hidden_layers
     depths = LAYERS if layers > max(LAYERS) else (layers,)
-    candidates = [{PARTS[1]: float(states(training.size)[PARTS[1]])} | fixed]  # the optimizer's
-    for segments in zip(*(trace(training, d) for d in depths), strict=True):
+    update = dict.fromkeys(PARTS, 0.0) | states(training.size)  # AdamW, fused, works in place
+    candidates = [update]
+    for segments in zip(*(trace(shallow(training, d)) for d in depths), strict=True):
         peaks = []
         for moments in segments:
             used = moments[:, : len(PARTS)] + windows * moments[:, len(PARTS) :]
@@ -450,5 +455,203 @@ def memory(training: Training, windows: int) -> dict[str, float]:
         more = (layers - depths[0]) * (peaks[-1] - peaks[0])
         at_peak = dict(zip(PARTS, (peaks[0] + more).tolist(), strict=True))
         candidates.append({p: at_peak[p] + fixed.get(p, 0) for p in PARTS})
-    candidates[0] = dict.fromkeys(PARTS, 0.0) | fixed | {PARTS[1]: states(training.size)[PARTS[1]]}
     return max(candidates, key=lambda parts: sum(parts.values()))
+
+
+def total(parts: dict[str, float]) -> float:
+    return sum(parts.values())
+
+
+def divisors(n: int) -> list[int]:
+    """In rising order."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def peak(training: Training, batch: int, windows: int) -> float:
+    """Bytes at the peak of a step of so many windows, batch of them at a time."""
+    return total(memory(replace(training, accumulates=batch < windows), batch))
+
+
+def largest_batch(training: Training, windows: int, room: float, most: int = 0) -> int:
+    """The largest micro-batch (of at most `most`) that divides a step's windows and fits in `room`.
+
+    0 when none does.
+    """
+    batches = [b for b in divisors(windows) if b <= (most or windows)]
+    return max((b for b in batches if peak(training, b, windows) <= room), default=0)
+
+
+def smallest_change(training: Training, batch: int, windows: int, room: float) -> str:
+    """What to type so that a run fits in `room` bytes; "" when it does as it is.
+
+    In this order: a smaller micro-batch that divides a step's windows, activation checkpointing,
+    fewer layers. Raises ValueError when not even one layer fits.
+    """
+    if peak(training, batch, windows) <= room:
+        return ""
+    if found := largest_batch(training, windows, room, batch):
+        return f"--batch_size={found}"
+    training = replace(training, checkpointing=True)
+    if found := largest_batch(training, windows, room, batch):
+        return f"--activation_checkpointing=True --batch_size={found}"
+    for layers in range(training.size.num_hidden_layers - 1, 0, -1):
+        size = replace(training.size, num_hidden_layers=layers)
+        if peak(replace(training, size=size), 1, windows) <= room:
+            flags = "--activation_checkpointing=True --batch_size=1"
+            return f"--num_hidden_layers={layers} {flags}"
+    raise ValueError(
+        f"not even one layer fits in {room / GIB:.1f} GiB; take a smaller hidden_size, "
+        "max_position_embeddings or vocabulary"
+    )
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that a run on a device of this machine could use; None where nobody tells."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return float(torch.mps.recommended_max_memory())
+    with contextlib.suppress(OSError, StopIteration):  # Linux
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            line = next(line for line in f if line.startswith("MemAvailable"))
+        return float(line.split()[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS: all there is
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return None
+
+
+def memory_lines(training: Training, batch: int, room: float | None, where: str) -> list[str]:
+    """The parts of a run's memory as a table, against what there is. room excludes the reserve."""
+    parts = memory(training, batch)
+    graph = "compiled" if training.compiled else "eager"
+    kept = ", activation checkpointing" if training.checkpointing else ""
+    lines = [
+        f"memory   at the peak of a step with batch_size={batch}, computed from the {graph} graph "
+        f"in {str(training.dtype).removeprefix('torch.')}{kept}:"
+    ]
+    lines += [f"  {part:<16}{nbytes / GIB:8.2f} GiB" for part, nbytes in parts.items()]
+    lines.append(f"  {'sum':<16}{total(parts) / GIB:8.2f} GiB")
+    reserve = RESERVE[training.kind] / GIB
+    if room is None:
+        return [*lines, f"  free memory of {where}: unknown"]
+    verdict = "fits" if total(parts) <= room else "DOES NOT FIT"
+    return [
+        *lines,
+        f"  {where}: {room / GIB + reserve:.2f} GiB less {reserve:.1f} for what is not in the "
+        f"graph (assumed): {verdict}",
+    ]
+
+
+def card_lines(training: Training, windows: int) -> list[str]:
+    """Largest micro-batches on consumer cards, computed for the compiled graph in bfloat16."""
+    plain = replace(training, kind="cuda", dtype=torch.bfloat16, compiled=True, checkpointing=False)
+    saving = replace(plain, checkpointing=True)
+    lines = [
+        f"cards    largest batch_size that divides the step's {windows} windows, computed for "
+        "bfloat16 and torch.compile",
+        "  memory      as it is    with activation_checkpointing",
+    ]
+    for size in CARD_SIZES:
+        room = size * GIB - RESERVE["cuda"]
+        found = [largest_batch(t, windows, room) for t in (plain, saving)]
+        a, b = (str(n) if n else "none fits" for n in found)
+        lines.append(f"  {size:>3} GB  {a:>12}  {b:>12}")
+    return lines
+
+
+# ---------------------------------------------------------------- time
+
+
+def share_of_peak(card: Card) -> str:
+    """What the computed time of a card rests on."""
+    share = REFERENCE_MFU.get(card.name)
+    peak = runtime.PEAK_TFLOPS[runtime.short_name(card.name)]
+    source = "as EasyGPT's reference run is reported with" if share else "a guess"
+    return f"{share or ASSUMED_MFU:.0%} of {card.name}'s {peak:g} TFLOP/s ({source})"
+
+
+def time_steps(
+    micro: Callable[[], None], update: Callable[[], None], device: torch.device, repeats: int = 3
+) -> tuple[float, float]:
+    """Measured seconds of a micro-step (median) and of an update, after one of each to warm up."""
+
+    def seconds(work: Callable[[], None]) -> float:
+        t0 = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - t0
+
+    seconds(micro)
+    seconds(update)
+    micro_s = statistics.median(seconds(micro) for _ in range(repeats))
+    return micro_s, seconds(update)
+
+
+def speed_lines(
+    step_s: float, tokens_per_step: int, flops_per_step: float, steps: int, how: str
+) -> list[str]:
+    """Tokens/s, hours and the date on which a run that starts now would end."""
+    hours = steps * step_s / 3600
+    end = datetime.datetime.now() + datetime.timedelta(hours=hours)
+    return [
+        f"time     {hours:,.1f} hours for {steps:,} updates of {step_s:.3g} s, until "
+        f"{end:%Y-%m-%d %H:%M} if started now",
+        f"  {tokens_per_step / step_s:,.0f} tokens/s, {flops_per_step / step_s / 1e12:.2f} "
+        f"TFLOP/s; {how}; evaluations and checkpoints not counted",
+    ]
+
+
+def ring_seconds(nbytes: float, cards: int, link: float) -> float:
+    """Time of a ring all-reduce: each card sends and receives 2 (n - 1) / n of the bytes."""
+    slowest = link if cards <= NODE else min(link, NETWORK)
+    return 2 * (cards - 1) / cards * nbytes / slowest
+
+
+def scaling_lines(
+    training: Training,
+    batch: int,
+    windows: int,
+    flops_per_window: float,
+    flops_per_s: float,
+    link: float,
+    world_size: int,
+) -> list[str]:
+    """A table of 1 to world_size cards under data parallelism (DDP).
+
+    Gradients, in float32, are reduced once a step and nothing of that is hidden behind the backward
+    pass: the least efficiency that these links give.
+    """
+    gradients = states(training.size)[PARTS[1]]
+    context = training.size.max_position_embeddings
+    lines = [
+        f"scaling  computed, not measured: DDP on cards of {flops_per_s / 1e12:.1f} TFLOP/s each",
+        "  cards  batch_size  micro-steps  GiB a card   compute s      comm s    tokens/s  "
+        "efficiency",
+    ]
+    counts = sorted({*(2**i for i in range(world_size.bit_length())), world_size})
+    rounded = False
+    for cards in counts:
+        each = max(1, round(windows / cards))
+        mark = "*" if each * cards != windows else " "
+        rounded = rounded or mark == "*"
+        micro = max(b for b in divisors(each) if b <= batch)
+        needed = peak(training, micro, each) / GIB
+        compute = each * flops_per_window / flops_per_s
+        comm = ring_seconds(gradients, cards, link)
+        tokens = each * cards * context / (compute + comm)
+        lines.append(
+            f"  {cards:>5}{mark} {micro:>10}  {each // micro:>11}  {needed:>10.2f}  "
+            f"{compute:>10.3f}  {comm:>10.3f}  {tokens:>10,.0f}  {compute / (compute + comm):>9.1%}"
+        )
+    lines.append(
+        f"  assumed: {link / 1e9:.0f} GB/s between cards of a machine ({NODE}), "
+        f"{NETWORK / 1e9:.1f} GB/s between machines; {gradients / 1e9:.2f} GB of float32 gradients "
+        "in one ring all-reduce a step, none of it hidden behind computing"
+    )
+    if rounded:
+        lines.append(
+            f"  * the step's {windows} windows do not divide by the cards; computed for the nearest "
+            "number that does, which takes another tokens_per_step"
+        )
+    return lines

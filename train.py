@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import planner
 import pretrained
 import runlog
 import runtime
@@ -90,12 +92,17 @@ device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: type of matrix products, by autocast
 compile = "auto"  # auto, True, False: torch.compile
 activation_checkpointing = False  # compute each block twice: less memory, about a third more time
+# a plan instead of a run
+dry_run = False  # print what the run will take; device may then be a card's name, as RTX3090
+world_size = 1  # cards to plan for
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent
 # A CPU run shorter than this costs less uncompiled: compiling takes about a minute and saves a
 # fifth of the time, at roughly 1e11 FLOP/s.
 CPU_COMPILE_FLOPS = 1e14
+TIMING_S = 120.0  # a plan times its steps only when they are expected to take less
+CPU_FLOPS = 1e11  # FLOP/s, the order of a few cores
 # Settings that decide what a run learns; a resumed run warns when one has changed.
 RUN_SETTINGS = (
     *("dataset", "tokens_per_step", "seed", "max_iters", "dropout", "dtype"),
@@ -125,7 +132,7 @@ def check_settings() -> None:
     least = {"batch_size": 1, "tokens_per_step": 1, "max_iters": 0, "eval_interval": 1}
     least |= {"eval_iters": 1, "log_interval": 1, "keep_last": 1, "warmup_iters": 0}
     least |= {"checkpoint_interval": 0, "milestone_interval": 0, "skip_spike": 0, "time_limit": 0}
-    least |= {"watchdog_minutes": 0}
+    least |= {"watchdog_minutes": 0, "world_size": 1}
     least |= {"lr_decay_iters": 0, "max_skipped": 1, "grad_clip": 0, "weight_decay": 0, "min_lr": 0}
     problems = [
         f"{name} must be at least {low}, not {globals()[name]}"
@@ -263,7 +270,142 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
 
 
+def disk_needed(parameters: int) -> dict[str, int]:
+    """Of a run: bytes of a checkpoint, number of them, bytes of the log."""
+    milestones = max_iters // milestone_interval if milestone_interval else 0
+    return {  # weights and two moments in float32; a record has 300 bytes
+        "size": 12 * parameters,
+        "count": keep_last + milestones + 2,
+        "log": 300 * (max_iters // log_interval + max_iters // eval_interval),
+    }
+
+
+def plan() -> None:
+    """Print what the run will take, and write nothing.
+
+    Raises ValueError with the smallest change that fits when it does not fit in memory.
+    """
+    config = settings_of(globals())
+    check_settings()
+    card = planner.find_card(device)
+    where = torch.device("cuda") if card else runtime.select_device(device)
+    if card and dtype == "auto":
+        number, why = card.half, f"the 16-bit type of {card.name}"
+    else:
+        number, why = runtime.select_dtype(dtype, where)
+    folder = Path(dataset) if os.sep in dataset or "/" in dataset else ROOT / "data" / dataset
+    vocab = vocab_size or -(-int(read_meta(folder)["vocab_size"]) // 64) * 64
+    names = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
+    size = GPTConfig(**{name: config[name] for name in names}, vocab_size=vocab)
+    if init_from != "scratch":
+        path, start, _ = pretrained.read(init_from, out_dir)
+        theirs = checkpoint.model_config(start, path)
+        least = min(theirs.max_position_embeddings, size.max_position_embeddings)
+        kept = theirs.max_position_embeddings if init_from == "resume" else least
+        size = replace(theirs, max_position_embeddings=kept, dropout=dropout)
+        del start
+    context = size.max_position_embeddings
+    micro_steps = accumulation(tokens_per_step, batch_size, context, 1)
+    with torch.device("meta"):
+        empty = GPT(size)
+    parameters, flops_per_step = num_parameters(empty), flops_per_token(empty) * tokens_per_step
+
+    # --- the run
+    say(f"model    {parameters:,} parameters, context {context}, vocab {vocab}")
+    tokens = max_iters * tokens_per_step
+    try:
+        data = TokenData(folder, "train", context, size.vocab_size)
+        epochs = TrainOrder(data.tokens, context, tokens_per_step, seed).epochs(max_iters)
+        say(
+            f"data     {folder}: {data.tokens:,} training tokens, of which the run makes "
+            f"{epochs:.2f} epochs"
+        )
+    except FileNotFoundError as e:
+        say(f"data     not there yet, planned without: {e}")
+    say(
+        f"run      {max_iters:,} updates of {tokens_per_step:,} tokens ({batch_size} x {context} x "
+        f"{micro_steps} micro-steps), {tokens / 1e9:.3g} B tokens, {flops_per_step:.3g} FLOP each"
+    )
+    disk = disk_needed(parameters)
+    there = next(
+        p for p in [Path(out_dir).resolve(), *Path(out_dir).resolve().parents] if p.exists()
+    )
+    say(
+        f"disk     {disk['count']} checkpoints of {disk['size'] / 1e9:.3g} GB and "
+        f"{disk['log'] / 1e6:.3g} MB of log at most; {shutil.disk_usage(there).free / 1e9:.1f} GB free"
+    )
+
+    # --- memory
+    pays = where.type == "cuda" or flops_per_step * max_iters >= CPU_COMPILE_FLOPS
+    can = card is not None or not runtime.why_not_compile(where)
+    compiled = compile.lower() == "true" or (compile.lower() == "auto" and pays and can)
+    training = planner.Training(
+        size, number, where.type, compiled, activation_checkpointing, micro_steps > 1
+    )
+    free = card.memory * planner.GIB if card else planner.free_memory(where)
+    room = None if free is None else free - planner.RESERVE[where.type]
+    name = f"{card.name}, planned for, not here" if card else runtime.describe(where)
+    say(f"machine  {name}; {number} ({why})".replace("torch.", ""))
+    windows = tokens_per_step // context
+    for line in planner.memory_lines(training, batch_size, room, card.name if card else "free"):
+        say(line)
+    for line in planner.card_lines(training, windows):
+        say(line)
+    if room and (change := planner.smallest_change(training, batch_size, windows, room)):
+        raise ValueError(f"the run does not fit in memory; the smallest change that does: {change}")
+
+    # --- time
+    speed, how, link = CPU_FLOPS, "", planner.NETWORK
+    if card:
+        speed, link = card.flops_per_s, card.link
+        how = f"computed from an assumed {planner.share_of_peak(card)}, nothing was timed"
+    elif where.type == "cpu" and 5 * flops_per_step / micro_steps / CPU_FLOPS > TIMING_S:
+        how = "computed from an assumed 0.1 TFLOP/s; not timed: a micro-step would take too long"
+    else:
+        step_s = timed_step(size, where, number, compiled, micro_steps)
+        speed, how = flops_per_step / step_s, "measured: the median of 3 micro-steps and an update"
+    for line in planner.speed_lines(
+        flops_per_step / speed, tokens_per_step, flops_per_step, max_iters, how
+    ):
+        say(line)
+    if world_size > 1:
+        per_window = flops_per_step / windows
+        for line in planner.scaling_lines(
+            training, batch_size, windows, per_window, speed, link, world_size
+        ):
+            say(line)
+
+
+def timed_step(
+    size: GPTConfig, where: torch.device, number: torch.dtype, compiled: bool, micro_steps: int
+) -> float:
+    """Seconds of an update, from a few micro-steps of a new model on random tokens."""
+    torch.set_float32_matmul_precision("high")
+    model = GPT(size).to(where)
+    model.activation_checkpointing = activation_checkpointing
+    optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
+    x = torch.randint(0, size.vocab_size, (batch_size, size.max_position_embeddings), device=where)
+    autocast = runtime.autocast(where, number)
+    if compiled:
+        model.compile()
+
+    def micro() -> None:
+        with autocast:
+            loss = model(x, x)[1]
+        loss.backward()
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    micro_s, update_s = planner.time_steps(micro, update, where)
+    return micro_steps * micro_s + update_s
+
+
 def main() -> None:
+    if dry_run:
+        return plan()
     # --- settings, device, folders: everything that can be wrong is found before any work
     started = time.monotonic()
     stop = runtime.Stop()
@@ -337,13 +479,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(seed)
     model = checkpoint.build(size, start, path) if start else GPT(size)
-    milestones = max_iters // milestone_interval if milestone_interval else 0
-    checkpoint.check_disk(  # weights and two moments in float32; a record has 300 bytes
-        out,
-        size=12 * num_parameters(model),
-        count=keep_last + milestones + 2,
-        log=300 * (max_iters // log_interval + max_iters // eval_interval),
-    )
+    checkpoint.check_disk(out, **disk_needed(num_parameters(model)))
     model.to(where)
     model.activation_checkpointing = activation_checkpointing
     optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)

@@ -23,9 +23,10 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
     "gguf_writer": {"hf", "model"},
     "pretrained": {"checkpoint", "hf", "model", "tokenizer"},
     "scoring": {"model", "tokenizer"},
+    "planner": {"model", "runtime"},
     "train": {
-        *("checkpoint", "configurator", "dataloader", "model", "pretrained", "runlog", "runtime"),
-        "tokenizer",
+        *("checkpoint", "configurator", "dataloader", "model", "planner", "pretrained", "runlog"),
+        *("runtime", "tokenizer"),
     },
     "sample": {"configurator", "model", "pretrained", "runtime", "tokenizer"},
     "export": {

@@ -8,7 +8,6 @@ EasyGPT's files; `tokenizer` and `train_state` are ours.
 import contextlib
 import dataclasses
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -74,13 +73,12 @@ def step_aside() -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names in a folder survive a power cut, where the system can."""
+    """Make new names in a folder survive a power cut, where the system and its disk can."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
-        try:
+        with contextlib.suppress(OSError):  # some network disks cannot
             os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.close(handle)
 
 
 def to_cpu(
@@ -216,10 +214,11 @@ def load(path: Path) -> dict[str, Any]:
     check(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as e:
+    except Exception as e:  # a hostile pickle can fail in any way
+        why = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(
             f"{path} is not a checkpoint of tensors and plain values and was not read; "
-            f"loading it could run code that it contains ({str(e).splitlines()[0]})"
+            f"loading it could run code that it contains ({why})"
         ) from e
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a checkpoint")
@@ -229,6 +228,8 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} has no 'model' (its keys are {keys}, ...); a bare state dict does not tell "
             "the model's sizes"
         )
+    if not isinstance(state["model"], dict) or not isinstance(state.get("model_args", {}), dict):
+        raise ValueError(f"{path} is not a checkpoint: its 'model' or 'model_args' is no dict")
     return state
 
 

@@ -194,6 +194,8 @@ def unmerged(folder: Path, split: str, meta: dict[str, Any]) -> tuple[list[Piece
     Raises FileNotFoundError for missing parts, ValueError for damaged ones.
     """
     work, count, dtype = folder / "parts", int(meta["parts"]), meta["dtype"]
+    if (work / "assembly.json").exists():
+        raise ValueError(f"merging {work} was interrupted: run data/prepare.py --merge=True again")
     stems = [work / f"{i:05d}" for i in range(count)]
     missing = [stem.name for stem in stems if not stem.with_suffix(".json").exists()]
     if missing:

@@ -41,7 +41,7 @@ import pretrained
 import runlog
 import runtime
 from configurator import configure
-from dataloader import TokenData, read_meta
+from dataloader import TokenData, read_meta, split_files
 from pretrained import Pretrained
 from scoring import Ids, Question, Score, ask, score, sliding
 from tokenizer import Tokenizer, get_tokenizer
@@ -129,7 +129,10 @@ def run_val(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
         raise ValueError(f"{found.path} does not tell its dataset; write --dataset=NAME")
     folder = Path(name) if os.sep in name or "/" in name else ROOT / "data" / name
     size = found.model.config
-    theirs = get_tokenizer(read_meta(folder)["tokenizer"], folder)
+    meta = read_meta(folder)
+    if "parts" not in meta:
+        split_files(folder, "val")  # raises when there is none
+    theirs = get_tokenizer(meta["tokenizer"], folder)
     if (theirs.name, theirs.json_text) != (found.tok.name, found.tok.json_text):
         raise ValueError(
             f"{found.path} has the tokenizer {found.tok.name!r}, but {folder} is in "

@@ -747,6 +747,8 @@ def main() -> None:
         bar.close()
     if saver.problem:
         raise OSError(f"{saver.problem}; the updates since the last checkpoint are lost")
+    if saver.best_failed:
+        raise OSError(f"{saver.best_failed}; all updates are saved, but best.pt is an older one")
     again = shlex.join(["python", *sys.argv, "--init_from=resume"])  # later flags win
     if failure:
         raise ValueError(f"{failure}. The {state.iter_num} updates so far are saved; then: {again}")

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import threading
@@ -27,6 +28,7 @@ Ints = NDArray[np.int64]
 BATCH = 2**20  # characters encoded together
 COPY = 2**22  # tokens copied at a time
 QUIET_S = 60  # without progress before a line says so
+LISTED = 100  # damaged documents of a part that meta.json names
 SMALL = 16 * 2**20  # bytes of text that are not worth a process
 
 
@@ -101,10 +103,10 @@ def encode_part(number: int, part: Part, job: Job) -> int:
     tok = _tok
     assert tok is not None
     stem = Path(job.work, f"{number:05d}")
-    temp = stem.with_suffix(f".{os.getpid()}.tmp")
+    temp = stem.with_suffix(f".{platform.node()}.{os.getpid()}.tmp")
     out = TokenFile(temp, token_type(tok.vocab_size))
     index: list[NDArray[np.int64]] = [np.zeros((0, 2), dtype=np.int64)]
-    skipped: dict[str, Any] = {"count": 0, "first": ""}
+    skipped: dict[str, Any] = {"count": 0, "first": []}
     batch: list[str] = []
     filled = 0
 
@@ -144,7 +146,7 @@ def encode_part(number: int, part: Part, job: Job) -> int:
                 if not job.skip_bad:
                     raise bad
                 skipped["count"] += 1
-                skipped["first"] = skipped["first"] or str(bad)
+                skipped["first"] = [*skipped["first"], str(bad)][:LISTED]
             if filled >= BATCH:
                 flush()
                 filled = 0
@@ -154,11 +156,11 @@ def encode_part(number: int, part: Part, job: Job) -> int:
         out.close()
         table = np.concatenate(index)
         kind = np.min_scalar_type(int(table.max(initial=0))).newbyteorder("<").str
-        write_file(stem.with_suffix(".index"), table.astype(kind).tobytes(), sync=False)
+        write_file(stem.with_suffix(".index"), table.astype(kind).tobytes())
         os.replace(temp, stem.with_suffix(".bin"))
         facts = {"part": identity(part), "documents": len(table), "tokens": out.tokens}
-        facts |= {"index": kind, "skipped": skipped}
-        write_file(stem.with_suffix(".json"), json.dumps(facts).encode(), sync=False)
+        facts |= {"index": kind, "width": out.dtype.itemsize, "skipped": skipped}
+        write_file(stem.with_suffix(".json"), json.dumps(facts).encode())
         return out.tokens
     except BaseException:
         out.file.close()
@@ -181,22 +183,23 @@ def token_type(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
-def write_file(path: Path, data: bytes, sync: bool = True) -> None:
-    """Write a file whole or not at all, with `sync` even when the power fails."""
-    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, even when the power fails."""
+    temp = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
     with temp.open("wb") as f:
         f.write(data)
-        if sync:
-            f.flush()
-            os.fsync(f.fileno())
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(temp, path)
 
 
-def encode_parts(todo: dict[int, Part], have: dict[int, int], job: Job, processes: int) -> None:
+def encode_parts(
+    todo: dict[int, Part], have: dict[int, int], job: Job, processes: int, numbers: list[int]
+) -> None:
     """Tokenize the parts in worker processes until job.limit tokens are there, with one bar.
 
-    `have`: tokens of finished parts. The limit counts parts from the first on without a gap, so
-    that what is used does not depend on who was fastest.
+    `have`: tokens of finished parts. The limit counts the parts `numbers` from the first on
+    without a gap, so that what is used does not depend on who was fastest.
     """
     context = multiprocessing.get_context("spawn")  # the same on every system, safe with threads
     counters = context.Array("q", 3)
@@ -205,7 +208,7 @@ def encode_parts(todo: dict[int, Part], have: dict[int, int], job: Job, processe
     if workers == 1 and sum(map(text_size, todo.values())) < SMALL:  # a process would take longer
         start_worker(job, counters)
         for number, part in todo.items():
-            if enough(have, job.limit):
+            if enough(have, job.limit, numbers):
                 break
             have[number] = encode_part(number, part, job)
             show.finished(part)
@@ -215,8 +218,8 @@ def encode_parts(todo: dict[int, Part], have: dict[int, int], job: Job, processe
     running: dict[Future[int], int] = {}
     queue = list(todo)
     try:
-        while running or (queue and not enough(have, job.limit)):
-            while queue and len(running) < workers + 1 and not enough(have, job.limit):
+        while running or (queue and not enough(have, job.limit, numbers)):
+            while queue and len(running) < workers + 1 and not enough(have, job.limit, numbers):
                 number = queue.pop(0)
                 running[pool.submit(encode_part, number, todo[number], job)] = number
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
@@ -238,10 +241,10 @@ def encode_parts(todo: dict[int, Part], have: dict[int, int], job: Job, processe
         show.close()
 
 
-def enough(have: dict[int, int], limit: int) -> bool:
+def enough(have: dict[int, int], limit: int, numbers: list[int]) -> bool:
     """Whether the finished parts before the first that is not hold `limit` tokens."""
     tokens = 0
-    for number in range(len(have) if limit else 0):
+    for number in numbers if limit else []:
         if tokens >= limit or number not in have:
             break
         tokens += have[number]
@@ -264,11 +267,12 @@ class Progress:
     def finished(self, part: Part) -> None:
         """A part is done: what it took tells how far the others are."""
         self.done += part.size
-        self.read = self.counters[1]
+        self.read = self.counters.get_obj()[1]
         self([])
 
     def __call__(self, running: list[int]) -> None:
-        documents, text_bytes, tokens = self.counters[:]
+        # without the lock, which a worker that was killed may hold for ever
+        documents, text_bytes, tokens = self.counters.get_obj()[:]
         now = time.monotonic()
         if tokens != self.seen:
             self.seen, self.moved = tokens, now
@@ -306,10 +310,15 @@ def identity(part: Part) -> Any:
 
 def facts_of(work: Path, number: int, part: Part) -> dict[str, Any] | None:
     """What a finished part's .json says; None when it is not finished or its source has changed."""
+    stem = work / f"{number:05d}"
     try:
-        facts: dict[str, Any] = json.loads((work / f"{number:05d}.json").read_bytes())
+        facts: dict[str, Any] = json.loads(stem.with_suffix(".json").read_bytes())
         same = facts["part"] == identity(part)
-    except (FileNotFoundError, ValueError, KeyError):  # torn when the power failed
+        width = 2 * np.dtype(facts["index"]).itemsize
+        same &= stem.with_suffix(".index").stat().st_size == facts["documents"] * width
+        if not (work / "assembly.json").exists():  # from then on the tokens are on the move
+            same &= stem.with_suffix(".bin").stat().st_size == facts["tokens"] * facts["width"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # torn when the power failed
         return None
     return facts if same else None
 

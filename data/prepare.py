@@ -12,13 +12,16 @@ tokens once, and neither an interruption nor the number of workers changes a byt
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import math
 import os
+import random
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +46,7 @@ from parts import (  # noqa: E402
     token_type,
     write_file,
 )
-from sources import BadData, Part, Source  # noqa: E402
+from sources import FULL, BadData, Part, Source  # noqa: E402
 
 from configurator import configure  # noqa: E402
 from tokenizer import Tokenizer, get_tokenizer  # noqa: E402
@@ -70,7 +73,8 @@ skip_bad = False  # leave damaged files and documents out, and list them in meta
 overwrite = False  # throw away what is in the folder, complete or not
 verify = False  # only check the folder: counts, hashes, range of the ids; show some text
 
-FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # a full disk, a quota
+LOCK_ATTEMPTS = 50  # of a share, a tenth of a second apart
+HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # what a lock of somebody else looks like
 SYNC_SHARE = 0.02  # of train.bin may be on the disk twice while it grows
 TRAIN_ON = 2**27  # characters that --tokenizer=train:N learns from, from the start of the source
 LLMC_MAGIC, HEADER = 20240520, 512  # of llm.c's shards; the header in uint16
@@ -285,7 +289,7 @@ def publish(out: Path) -> dict[str, Any]:
         if (work / name).exists():
             os.replace(work / name, out / name)
     for path in work.iterdir():
-        if path not in (sign, work / "lock"):
+        if path != sign and not path.name.startswith("lock"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     sign.unlink()
     return meta
@@ -295,7 +299,7 @@ def publish(out: Path) -> dict[str, Any]:
 def lock(path: Path) -> Iterator[None]:
     """Only one process may hold the file; the system frees it when that ends, however it ends.
 
-    Raises OSError saying who holds it.
+    Raises OSError saying who holds it. A disk without locks is said to be one and has none.
     """
     f = path.open("a+", encoding="utf-8")
     try:
@@ -309,8 +313,12 @@ def lock(path: Path) -> Iterator[None]:
 
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or not os.path.samestat(os.fstat(f.fileno()), path.stat()):
-                raise OSError  # its holder has just deleted it
+                raise OSError(errno.EAGAIN, "its holder has just deleted it")
     except OSError as e:
+        if e.errno not in HELD:
+            print(f"WARNING: no lock on {path} ({e}): start no second run there", file=sys.stderr)
+            yield f.close()
+            return
         f.seek(0)
         holder = f.read().strip() or "another process"
         f.close()
@@ -324,11 +332,25 @@ def lock(path: Path) -> Iterator[None]:
         f.flush()
         yield
     finally:
-        f.close()
-        path.unlink(missing_ok=True)
+        if sys.platform == "win32":  # which deletes no open file, nor one that others wait for
+            f.close()
+        with f, contextlib.suppress(OSError):  # unlinked before it is free: no second holder
+            path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: there is more to do
             path.parent.rmdir()
             path.parent.parent.rmdir()
+
+
+def wait_for(path: Path) -> None:
+    """Return when nobody holds the lock `path`. Raises OSError when somebody goes on holding it."""
+    for attempt in range(LOCK_ATTEMPTS):
+        try:
+            with lock(path):
+                return
+        except OSError:
+            if attempt == LOCK_ATTEMPTS - 1:
+                raise
+            time.sleep(random.uniform(0.01, 0.2))
 
 
 def mine(found: Source) -> tuple[list[int], list[int]]:
@@ -390,8 +412,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def train_bpe(found: Source, size: int) -> str:
-    """A byte-level BPE of `size` tokens, end-of-text among them, learnt from the source's start."""
+def train_bpe(found: Source, size: int, folder: Path) -> str:
+    """A byte-level BPE of `size` tokens, end-of-text among them, learnt from the source's start.
+
+    `folder` is for files of the Hub while they are read.
+    """
     from tokenizers import Tokenizer as HuggingFaceTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -401,16 +426,18 @@ def train_bpe(found: Source, size: int) -> str:
     def texts() -> Iterator[str]:
         left = TRAIN_ON
         for part in found.parts:
-            for document in sources.documents(part, text_column, separator, Path()):
-                if isinstance(document, BadData) and not skip_bad:
-                    raise document
-                if isinstance(document, BadData):
-                    continue
-                for text in [document] if isinstance(document, str) else document:
-                    yield text
-                    left -= len(text)
-                    if left <= 0:
-                        return
+            for document in sources.documents(part, text_column, separator, folder):
+                try:
+                    if isinstance(document, BadData):
+                        raise document
+                    for text in [document] if isinstance(document, str) else document:
+                        yield text
+                        left -= len(text)
+                        if left <= 0:
+                            return
+                except BadData:
+                    if not skip_bad:
+                        raise
 
     tok = HuggingFaceTokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -422,7 +449,10 @@ def train_bpe(found: Source, size: int) -> str:
         initial_alphabet=sorted(alphabet),
         show_progress=False,
     )
-    tok.train_from_iterator(texts(), trainer)
+    try:
+        tok.train_from_iterator(texts(), trainer)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return str(tok.to_str())
 
 
@@ -433,7 +463,7 @@ def load_tokenizer(name: str, found: Source, work: Path) -> Tokenizer:
         if not name[6:].isdigit():
             raise ValueError(f"tokenizer must be like train:8192, not {name!r}")
         if not kept.exists():
-            write_file(kept, train_bpe(found, int(name[6:])).encode())
+            write_file(kept, train_bpe(found, int(name[6:]), work / "tokenizer.hub").encode())
         return get_tokenizer(str(kept))
     tok = get_tokenizer(name)
     if tok.json_text is not None:
@@ -445,15 +475,19 @@ def prepare(out: Path, name: str) -> None:
     """Make the dataset folder, or the parts of a share of it."""
     work, limit = out / "parts", parse_count(max_tokens)
     if (work / "meta.json").exists():
-        publish(out)  # the last run was killed at the very end
+        meta = publish(out)  # the last run was killed at the very end
+        if meta.get("request") == request(name):
+            print(f"{out} is complete")
+            return
     saved = json.loads(p.read_bytes()) if (p := work / "plan.json").exists() else None
     plan = {"format": 1, "batch": BATCH, **request(name)}
     begun = any(work.glob("[0-9]*.json"))
-    if overwrite or (saved and saved["plan"] != plan and not begun):
+    going_on = saved is not None and saved["plan"] == plan and saved.get("overwrite", False)
+    if (overwrite and not going_on) or (saved and saved["plan"] != plan and not begun):
         saved = None
-        for path in work.glob("*"):
-            if not path.name.startswith("lock"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        old = [path for path in work.glob("*") if not path.name.startswith("lock")]
+        for path in sorted(old, key=lambda path: path.name == "plan.json"):  # that one last
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if (
         not overwrite
         and saved is None
@@ -476,21 +510,22 @@ def prepare(out: Path, name: str) -> None:
         )
     found = sources.find(source, subset, split, (saved or {}).get("revision") or revision)
     numbers, here = mine(found)
+    kept = {"plan": plan, "revision": found.revision, "overwrite": overwrite or bool(going_on)}
+    write_file(work / "plan.json", json.dumps(kept).encode())
     tok = load_tokenizer(name, found, work)
-    write_file(work / "plan.json", json.dumps({"plan": plan, "revision": found.revision}).encode())
     for path in work.glob("*.tmp"):  # of a run that was killed
         if "/" not in shards:
             path.unlink(missing_ok=True)
     facts = {i: f for i in numbers if (f := facts_of(work, i, found.parts[i])) is not None}
     have = {i: int(f["tokens"]) for i, f in facts.items()}
     todo = {i: found.parts[i] for i in here if i not in have}
-    if todo and not enough(have, limit):
+    if todo and not enough(have, limit, numbers):
         check_disk(out, [*todo.values()], name, limit)
         job_name = tok.name if tok.json_text is None else "tokenizer.json"
         job = Job(str(work), job_name, tok.json_text, text_column, separator, skip_bad, limit)
         if (work / "assembly.json").exists():
             raise ValueError(f"{source} has changed meanwhile; start over with --overwrite=True")
-        encode_parts(todo, have, job, num_proc or cores())
+        encode_parts(todo, have, job, num_proc or cores(), numbers)
     if "/" in shards:
         if not limit:
             describe_parts(out, len(numbers), found, tok, name)
@@ -571,7 +606,7 @@ def finish(
             "losses on its val.bin cannot be compared with others'"
         )
     for one in skipped:
-        print(f"left out {one['count']}: {one['first']}")
+        print(f"left out {one['count']}: {'; '.join(one['first'][:3])}")
     for s, f in meta["splits"].items():
         print(f"{out / s}.bin: {f['tokens']:,} tokens, {f['documents']:,} documents")
 
@@ -584,7 +619,11 @@ def check_folder(out: Path) -> None:
     made = out / "meta.json"
     meta: dict[str, Any] = {"tokenizer": "gpt2", "dtype": "uint16", "splits": {}}
     if made.exists():
-        meta = json.loads(made.read_text(encoding="utf-8"))
+        try:
+            meta = json.loads(made.read_text(encoding="utf-8"))
+            np.dtype(meta["dtype"]), str(meta["tokenizer"]), dict(meta["splits"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{made} is not what data/prepare.py writes ({e!r})") from e
     if "parts" in meta:
         raise ValueError(f"{out} holds shares that are not merged: --merge=True, then --verify")
     tok = get_tokenizer(meta["tokenizer"], out)
@@ -630,7 +669,10 @@ def check_folder(out: Path) -> None:
 
 
 def main() -> None:
-    stem = Path(source.removeprefix("hub:")).name
+    where = Path(source.removeprefix("hub:"))
+    while glob.has_magic(where.name):
+        where = where.parent
+    stem = (where if source.startswith("hub:") else where.resolve()).name
     named = dataset or stem.removesuffix(sources.kind(stem) or "") or "data"
     out = Path(named) if "/" in named or os.sep in named else ROOT / "data" / named
     if verify:
@@ -647,12 +689,14 @@ def main() -> None:
     (out / "parts").mkdir(parents=True, exist_ok=True)
     share = f"-{shards.replace('/', '-of-')}" if "/" in shards else ""
     with contextlib.ExitStack() as locks:
-        for other in {out / "parts" / "lock", *(out / "parts").glob("lock-*")} if not share else []:
-            locks.enter_context(lock(other))
-        if share:
+        whole = out / "parts" / "lock"
+        if not share:
+            locks.enter_context(lock(whole))
+            for other in (out / "parts").glob("lock-*"):
+                locks.enter_context(lock(other))
+        else:
             locks.enter_context(lock(out / "parts" / f"lock{share}"))
-            with lock(out / "parts" / "lock"):  # nobody is making the whole
-                pass
+            wait_for(whole)  # nobody is making the whole; the other shares ask the same
         prepare(out, name)
 
 

@@ -7,6 +7,8 @@ source and their order depend on nothing but its files. Archives are streamed, n
 
 import ast
 import codecs
+import errno
+import functools
 import glob
 import gzip
 import inspect
@@ -43,13 +45,14 @@ MIB = 2**20
 SMALLEST_PART = 2 * MIB  # of a source; larger sources have larger parts, about PARTS of them
 PARTS = 1024
 BLOCK = MIB  # bytes of a .txt read at a time
-MAX_LINE = 256 * MIB  # bytes of one .jsonl line
+MAX_LINE = 64 * MIB  # bytes of one .jsonl line, or of one text of a .parquet or .arrow
 MAX_MEMBER = 16 * MIB  # bytes of one text in an archive
 XZ_MEMORY = 128 * MIB  # for decompression; xz -9 needs 65 MiB
 BOMB_RATIO, BOMB_SLACK = 200, 64 * MIB  # text shrinks tenfold at most, repeats aside
 # Bytes of text per byte on the disk, about
 EXPANSION = {".parquet": 1.4, ".jsonl.gz": 2.5, ".txt.gz": 2.5, ".jsonl.zst": 2.5, ".tar": 2.5}
 EXPANSION |= {".xz": 3.0, ".tar.xz": 3.0, ".tar.gz": 2.5}
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # a full disk, a quota
 HUB_ATTEMPTS = 6  # of a download, with pauses of 1, 2, 4 ... seconds
 
 
@@ -263,6 +266,8 @@ def fetch(part: Part, folder: Path) -> tuple[Path, bool]:
             where: dict[str, Any] = {"repo_type": "dataset", "revision": part.revision}
             return Path(hf_hub_download(part.repo, name, local_dir=folder, **where)), True
         except Exception as e:  # OSError, httpx's and huggingface_hub's own
+            if getattr(e, "errno", None) in FULL:
+                raise
             if attempt == HUB_ATTEMPTS - 1:
                 raise OSError(
                     f"cannot download {name} of {part.repo} ({type(e).__name__}); run the same "
@@ -285,6 +290,7 @@ def documents(part: Part, column: str, separator: str, folder: Path) -> Iterator
         path, ours = fetch(part, folder)
         yield from file_documents(replace(part, files=(str(path),)), str(path), column, separator)
         if ours:
+            assert folder.suffix == ".hub", "made for this and nothing else"
             shutil.rmtree(folder, ignore_errors=True)
     else:
         for file in part.files:
@@ -364,6 +370,10 @@ def separated(blocks: Iterable[str], separator: str) -> Iterator[str]:
     rest = ""
     for block in blocks:
         *texts, rest = (rest + block).split(separator)
+        if len(rest) > MAX_LINE:
+            raise BadData(
+                f"a text of more than {MAX_LINE // MIB} MiB without the separator {separator!r}"
+            )
         yield from (text for text in (t.strip("\n") for t in texts) if text)
     if rest.strip("\n"):
         yield rest.strip("\n")
@@ -378,17 +388,19 @@ def jsonl_documents(file: str, column: str, start: int, end: int) -> Iterator[Do
         at, number = start, 0
         if start:  # the line that the byte before belongs to is the previous part's
             f.seek(start - 1)
-            at = start - 1 + len(f.readline())
+            at = start - 1 + skip_line(f, end - start + 1)
         while not end or at < end:
             line = f.readline(MAX_LINE + 1)
             if not line:
                 return
             at, number = at + len(line), number + 1
             if len(line) > MAX_LINE:
-                raise BadData(
+                at += skip_line(f)
+                yield BadData(
                     f"{line_name(file, start, number)}: a line of more than {MAX_LINE // MIB} MiB; "
                     "very long texts are read in pieces from .txt files"
                 )
+                continue
             if not line.strip():
                 continue
             try:
@@ -399,7 +411,7 @@ def jsonl_documents(file: str, column: str, start: int, end: int) -> Iterator[Do
                 yield text
             except UnicodeDecodeError as e:
                 yield BadData(f"{line_name(file, start, number)}: not UTF-8 text ({e.reason})")
-            except (json.JSONDecodeError, RecursionError) as e:
+            except (ValueError, RecursionError) as e:
                 yield BadData(f"{line_name(file, start, number)}: not JSON ({e})")
             except (KeyError, TypeError, IndexError):
                 there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -409,13 +421,29 @@ def jsonl_documents(file: str, column: str, start: int, end: int) -> Iterator[Do
                 )
 
 
+def skip_line(f: io.BufferedIOBase, enough: float = float("inf")) -> int:
+    """Read to the end of the line, or so far that at least `enough` bytes are read: how many."""
+    read = 0
+    while (piece := f.readline(MIB)) and not piece.endswith(b"\n"):
+        read += len(piece)
+        if read >= enough:
+            return read
+    return read + len(piece)
+
+
 def line_name(file: str, start: int, number: int) -> str:
     """ "FILE line N" of the number-th line read by a part that begins at byte `start`."""
-    if start:
-        with open(file, "rb") as f:
-            head = f.read(start - 1)  # an error: memory and time do not matter now
-            number += head.count(b"\n") + (f.readline() != b"")
-    return f"{file} line {number}"
+    return f"{file} line {number + lines_before(file, start) if start else number}"
+
+
+@functools.lru_cache(1)
+def lines_before(file: str, start: int) -> int:
+    """Lines of a file that begin before byte `start`."""
+    lines, left = 0, start - 1
+    with open(file, "rb") as f:
+        while left and (block := f.read(min(MIB, left))):
+            lines, left = lines + block.count(b"\n"), left - len(block)
+    return lines + 1
 
 
 def parquet_documents(file: str, column: str, start: int, end: int) -> Iterator[Document]:
@@ -424,8 +452,9 @@ def parquet_documents(file: str, column: str, start: int, end: int) -> Iterator[
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            check_column(file, column, table.schema_arrow.names)
+        check_column(file, column, pyarrow.parquet.read_schema(file).names)
+        # as a dictionary a text that is repeated is in memory once, however hostile the file
+        with pyarrow.parquet.ParquetFile(file, read_dictionary=[column]) as table:
             for i in range(start, end or table.num_row_groups):
                 group = table.metadata.row_group(i)
                 row_bytes = group.total_byte_size // max(1, group.num_rows) + 1
@@ -451,7 +480,13 @@ def arrow_documents(file: str, column: str) -> Iterator[Document]:
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             check_column(file, column, reader.schema.names)
             for batch in batches:
-                yield from texts_of(batch.column(column), file)
+                values = batch.column(column)
+                # offsets that lead out of the file would crash the process; as bytes, so that
+                # text that is not UTF-8 is one bad row and not a bad file
+                raw = {pyarrow.string(): pyarrow.binary()}.get(values.type)
+                raw = {pyarrow.large_string(): pyarrow.large_binary()}.get(values.type, raw)
+                (values.view(raw) if raw else values).validate(full=True)
+                yield from texts_of(values, file)
     except pyarrow.ArrowException as e:
         raise damage(file, e) from e
 
@@ -464,25 +499,20 @@ def check_column(file: str, column: str, names: list[str]) -> None:
 
 
 def texts_of(values: Any, file: str) -> Iterator[Document]:
-    """The texts of an Arrow array; what is not text is damage."""
-    try:
-        texts = values.to_pylist()
-    except UnicodeDecodeError:  # find out which
-        texts = [text_or_bytes(value) for value in values]
-    for text in texts:
-        if isinstance(text, str):
+    """The texts of an Arrow array, one in memory at a time; what is not text is damage."""
+    for value in values:
+        try:
+            text = value.as_py()
+        except UnicodeDecodeError:
+            yield BadData(f"{file}: a row with not UTF-8 text")
+            continue
+        if isinstance(text, str) and len(text) <= MAX_LINE:
             yield text
+        elif isinstance(text, str):
+            yield BadData(f"{file}: a row with {len(text) // MIB} MiB of text, more than is read")
         else:
-            what = "not UTF-8 text" if isinstance(text, bytes) else "null instead of text"
-            yield BadData(f"{file}: a row with {what if text is None or text else type(text)}")
-
-
-def text_or_bytes(value: Any) -> str | bytes | None:
-    try:
-        text: str | None = value.as_py()
-        return text
-    except UnicodeDecodeError:
-        return b"?"
+            what = "null" if text is None else type(text).__name__
+            yield BadData(f"{file}: a row with {what} instead of text")
 
 
 def archive_documents(f: io.BufferedIOBase, where: str) -> Iterator[Document]:
@@ -516,7 +546,8 @@ def tar_members(f: io.BufferedIOBase, where: str) -> Iterator[tuple[str, int, An
     its end are asked for, and the stream is read to its own end.
     """
     tail = Tail(f)
-    with tarfile.open(fileobj=tail, mode="r|") as tar:  # type: ignore[call-overload]
+    stream_of = {"fileobj": tail, "mode": "r|", "tarinfo": SmallHeader}
+    with tarfile.open(**stream_of) as tar:  # type: ignore[call-overload]
         for member in tar:
             if member.isreg():
                 stream = tar.extractfile(member)
@@ -527,6 +558,16 @@ def tar_members(f: io.BufferedIOBase, where: str) -> Iterator[tuple[str, int, An
         pass
     if tail.last != bytes(1024):
         raise BadData(f"{where} is truncated: the end mark of the tar is missing")
+
+
+class SmallHeader(tarfile.TarInfo):
+    """A header of a tar. Long names and the like are read into memory whole: not beyond 1 MiB."""
+
+    def _proc_member(self, tar: Any) -> Any:
+        extra = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE)
+        if self.type in (*extra, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE) and self.size > MIB:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 class Tail:

@@ -238,7 +238,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # True: backward computes blocks anew
+        self.activation_checkpointing = False  # True: backward computes each block anew
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -273,11 +273,10 @@ class GPT(nn.Module):
         x = F.dropout(self.embed_tokens(idx), self.config.dropout, self.training)
         for block in self.layers:
             if self.activation_checkpointing and self.training:
-                random = self.config.dropout > 0  # the second time must drop what the first did
                 x = checkpoint(
                     *(block, x, self.cos[:T], self.sin[:T]),
                     use_reentrant=False,
-                    preserve_rng_state=random,
+                    preserve_rng_state=self.config.dropout > 0,  # drop the same values again
                 )
             else:
                 x = block(x, self.cos[:T], self.sin[:T])

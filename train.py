@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import statistics
 import sys
 import time
@@ -27,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-import planner
 import pretrained
 import runlog
 import runtime
@@ -101,8 +99,6 @@ ROOT = Path(__file__).resolve().parent
 # A CPU run shorter than this costs less uncompiled: compiling takes about a minute and saves a
 # fifth of the time, at roughly 1e11 FLOP/s.
 CPU_COMPILE_FLOPS = 1e14
-TIMING_S = 120.0  # a plan times its steps only when they are expected to take less
-CPU_FLOPS = 1e11  # FLOP/s, the order of a few cores
 # Settings that decide what a run learns; a resumed run warns when one has changed.
 RUN_SETTINGS = (
     *("dataset", "tokens_per_step", "seed", "max_iters", "dropout", "dtype"),
@@ -281,126 +277,57 @@ def disk_needed(parameters: int) -> dict[str, int]:
 
 
 def plan() -> None:
-    """Print what the run will take, and write nothing.
+    """Print what the run would take, and write nothing.
 
-    Raises ValueError with the smallest change that fits when it does not fit in memory.
+    Raises ValueError with the smallest change that fits when it does not fit.
     """
+    import planner  # of no use to a run
+
     config = settings_of(globals())
     check_settings()
     card = planner.find_card(device)
     where = torch.device("cuda") if card else runtime.select_device(device)
     if card and dtype == "auto":
-        number, why = card.half, f"the 16-bit type of {card.name}"
+        number, why = card.half, "the card computes in it"
     else:
         number, why = runtime.select_dtype(dtype, where)
     folder = Path(dataset) if os.sep in dataset or "/" in dataset else ROOT / "data" / dataset
-    vocab = vocab_size or -(-int(read_meta(folder)["vocab_size"]) // 64) * 64
-    names = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
-    size = GPTConfig(**{name: config[name] for name in names}, vocab_size=vocab)
+    size = GPTConfig(
+        **{f.name: config[f.name] for f in fields(GPTConfig) if f.name != "vocab_size"},
+        vocab_size=vocab_size or -(-int(read_meta(folder)["vocab_size"]) // 64) * 64,
+    )
     if init_from != "scratch":
         path, start, _ = pretrained.read(init_from, out_dir)
-        theirs = checkpoint.model_config(start, path)
-        least = min(theirs.max_position_embeddings, size.max_position_embeddings)
-        kept = theirs.max_position_embeddings if init_from == "resume" else least
-        size = replace(theirs, max_position_embeddings=kept, dropout=dropout)
+        size = checkpoint.model_config(start, path)
+        if init_from != "resume":
+            least = min(size.max_position_embeddings, max_position_embeddings)
+            size = replace(size, max_position_embeddings=least)
+        size = replace(size, dropout=dropout)
         del start
     context = size.max_position_embeddings
     micro_steps = accumulation(tokens_per_step, batch_size, context, 1)
     with torch.device("meta"):
         empty = GPT(size)
-    parameters, flops_per_step = num_parameters(empty), flops_per_token(empty) * tokens_per_step
-
-    # --- the run
-    say(f"model    {parameters:,} parameters, context {context}, vocab {vocab}")
-    tokens = max_iters * tokens_per_step
-    try:
-        data = TokenData(folder, "train", context, size.vocab_size)
-        epochs = TrainOrder(data.tokens, context, tokens_per_step, seed).epochs(max_iters)
-        say(
-            f"data     {folder}: {data.tokens:,} training tokens, of which the run makes "
-            f"{epochs:.2f} epochs"
-        )
-    except FileNotFoundError as e:
-        say(f"data     not there yet, planned without: {e}")
-    say(
-        f"run      {max_iters:,} updates of {tokens_per_step:,} tokens ({batch_size} x {context} x "
-        f"{micro_steps} micro-steps), {tokens / 1e9:.3g} B tokens, {flops_per_step:.3g} FLOP each"
-    )
-    disk = disk_needed(parameters)
-    there = next(
-        p for p in [Path(out_dir).resolve(), *Path(out_dir).resolve().parents] if p.exists()
-    )
-    say(
-        f"disk     {disk['count']} checkpoints of {disk['size'] / 1e9:.3g} GB and "
-        f"{disk['log'] / 1e6:.3g} MB of log at most; {shutil.disk_usage(there).free / 1e9:.1f} GB free"
-    )
-
-    # --- memory
-    pays = where.type == "cuda" or flops_per_step * max_iters >= CPU_COMPILE_FLOPS
+    flops = flops_per_token(empty) * tokens_per_step * max_iters
+    pays = where.type == "cuda" or flops >= CPU_COMPILE_FLOPS
     can = card is not None or not runtime.why_not_compile(where)
-    compiled = compile.lower() == "true" or (compile.lower() == "auto" and pays and can)
+    compiled = compile.lower() == "true" or (compile.lower() == "auto" and can and pays)
     training = planner.Training(
-        size, number, where.type, compiled, activation_checkpointing, micro_steps > 1
+        size, number, where.type, compiled, activation_checkpointing, accumulates=micro_steps > 1
     )
-    free = card.memory * planner.GIB if card else planner.free_memory(where)
-    room = None if free is None else free - planner.RESERVE[where.type]
-    name = f"{card.name}, planned for, not here" if card else runtime.describe(where)
+    name = f"{card.name}, not here" if card else runtime.describe(where)
+    say(
+        f"model    {num_parameters(empty):,} parameters, context {context}, vocab {size.vocab_size}"
+    )
+    say(planner.data_line(folder, training, tokens_per_step, max_iters))
     say(f"machine  {name}; {number} ({why})".replace("torch.", ""))
-    windows = tokens_per_step // context
-    for line in planner.memory_lines(training, batch_size, room, card.name if card else "free"):
-        say(line)
-    for line in planner.card_lines(training, windows):
-        say(line)
-    if room and (change := planner.smallest_change(training, batch_size, windows, room)):
-        raise ValueError(f"the run does not fit in memory; the smallest change that does: {change}")
-
-    # --- time
-    speed, how, link = CPU_FLOPS, "", planner.NETWORK
-    if card:
-        speed, link = card.flops_per_s, card.link
-        how = f"computed from an assumed {planner.share_of_peak(card)}, nothing was timed"
-    elif where.type == "cpu" and 5 * flops_per_step / micro_steps / CPU_FLOPS > TIMING_S:
-        how = "computed from an assumed 0.1 TFLOP/s; not timed: a micro-step would take too long"
-    else:
-        step_s = timed_step(size, where, number, compiled, micro_steps)
-        speed, how = flops_per_step / step_s, "measured: the median of 3 micro-steps and an update"
-    for line in planner.speed_lines(
-        flops_per_step / speed, tokens_per_step, flops_per_step, max_iters, how
+    there, disk = planner.existing(Path(out_dir)), disk_needed(num_parameters(empty))
+    say(planner.disk_line(there, **disk))
+    for line in planner.plan(
+        training, where, card, batch_size, tokens_per_step, max_iters, world_size
     ):
         say(line)
-    if world_size > 1:
-        per_window = flops_per_step / windows
-        for line in planner.scaling_lines(
-            training, batch_size, windows, per_window, speed, link, world_size
-        ):
-            say(line)
-
-
-def timed_step(
-    size: GPTConfig, where: torch.device, number: torch.dtype, compiled: bool, micro_steps: int
-) -> float:
-    """Seconds of an update, from a few micro-steps of a new model on random tokens."""
-    torch.set_float32_matmul_precision("high")
-    model = GPT(size).to(where)
-    model.activation_checkpointing = activation_checkpointing
-    optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
-    x = torch.randint(0, size.vocab_size, (batch_size, size.max_position_embeddings), device=where)
-    autocast = runtime.autocast(where, number)
-    if compiled:
-        model.compile()
-
-    def micro() -> None:
-        with autocast:
-            loss = model(x, x)[1]
-        loss.backward()
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    micro_s, update_s = planner.time_steps(micro, update, where)
-    return micro_steps * micro_s + update_s
+    checkpoint.check_disk(there, **disk)
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
     "gguf_writer": {"hf", "model"},
     "pretrained": {"checkpoint", "hf", "model", "tokenizer"},
     "scoring": {"model", "tokenizer"},
-    "planner": {"model", "runtime"},
+    "memory": {"model", "runtime"},
+    "planner": {"dataloader", "memory", "model", "runtime"},
     "train": {
         *("checkpoint", "configurator", "dataloader", "model", "planner", "pretrained", "runlog"),
         *("runtime", "tokenizer"),

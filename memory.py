@@ -222,6 +222,7 @@ def captured(training: Training) -> tuple[fx.Graph, fx.Graph]:
         decompositions=select_decomp_table,
     )
     torch._dynamo.reset()
+    runtime.keep_less()
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # what is not fake are states of dropout
     with fake, V.set_fake_mode(fake), attention_of(training.kind):
         model, x = fake_model(training)

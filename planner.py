@@ -203,6 +203,7 @@ def timed_step(
     x = torch.randint(0, training.size.vocab_size, shape, device=device)
     autocast = runtime.autocast(device, training.dtype)
     if training.compiled:
+        runtime.keep_less()
         model.compile()
 
     def micro() -> None:

@@ -482,6 +482,7 @@ def main() -> None:
     pays = where.type == "cuda" or flops_per_step * max_iters >= CPU_COMPILE_FLOPS
     if compile.lower() == "true" or (compile.lower() == "auto" and not why_not and pays):
         t0 = time.perf_counter()
+        runtime.keep_less()
         model.compile()
         try:
             in_memory(first_step)

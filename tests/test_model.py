@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import model as model_file
 from model import (
     GPT,
     IGNORE_INDEX,
+    CrossEntropy,
     GPTConfig,
     apply_rope,
     configure_optimizer,
@@ -376,6 +378,22 @@ def test_an_empty_prompt_is_refused():
     m = model()
     with pytest.raises(ValueError, match="0 tokens"):
         m.generate(torch.zeros(1, 0, dtype=torch.int64), 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 131 * 7, 2**22])
+def test_the_uncompiled_loss_is_the_plain_one(monkeypatch, chunk, dtype):
+    """Value and gradient, whatever the number of rows at a time, with targets that do not count."""
+    monkeypatch.setattr(model_file, "LOSS_CHUNK", chunk)
+    logits = (5 * torch.randn(40, 131)).to(dtype).requires_grad_()
+    targets = torch.randint(0, 131, (40,))
+    targets[::3] = IGNORE_INDEX
+    plain = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX)
+    ours = CrossEntropy.apply(logits, targets)
+    assert ours.dtype == torch.float32 and ours.item() == pytest.approx(plain.item(), rel=1e-6)
+    expected, found = (torch.autograd.grad(3 * loss, logits)[0] for loss in (plain, ours))
+    one_bit = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
+    torch.testing.assert_close(found, expected, rtol=one_bit, atol=1e-8)
 
 
 def saved_bytes(m, idx):

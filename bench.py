@@ -8,14 +8,22 @@ prepare: data/prepare.py against nanoGPT's recipe (datasets.map with encode_ordi
     vocabulary where tiktoken finds it (a network, or TIKTOKEN_CACHE_DIR).
 train: training steps of this model against transformers' Llama of the same shape and --peer's
     models: tokens/s, share of the speed of a large matrix product, peak memory of tensors.
+growth: the same for this model alone, against context, batch and depth.
 save: updates of the demo's training with a checkpoint among them against updates without.
+decode: greedy text from random weights (--layers=24 --hidden=1024: the reference's shape) against
+    transformers' cached generate, --peer's models and, where llama-cpp-python is installed,
+    llama.cpp: tokens/s, and the weights read in a second against what memory gives.
+load: the batches of the loader against the ways of nanoGPT and EasyGPT.
+startup: from typing a command to train.py's first step and to sample.py's first token.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -23,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +43,17 @@ what = "prepare"  # what to measure; see above
 repeats = 3  # times each variant is run
 text = ""  # prepare: a .jsonl of {"text": ...}; empty = the embedded corpus, repeated to 64 MB
 num_proc = 2  # prepare: processes or threads of every variant
-peer = ""  # train: paths of other model.py files, EasyGPT's or nanoGPT's, with commas between
-mode = "both"  # train: eager, compiled or both
-dtype = "float32"  # train: or bfloat16, by autocast
-layers = 6  # train
-hidden = 384  # train
+peer = ""  # train, decode: other model.py files, EasyGPT's or nanoGPT's, with commas between
+mode = "both"  # train, decode: eager, compiled or both; growth: eager unless compiled
+dtype = "float32"  # train: or bfloat16, by autocast; decode: of the weights
+layers = 6  # train, decode
+hidden = 384  # train, decode
 batch = 4  # train: windows in a step
 context = 256  # train: tokens in a window
 steps = 600  # save: updates of a run
+cases = "1x64,1x512,8x64"  # decode: prompts in a batch x tokens of each
+new_tokens = 128  # decode: made after each prompt
+png = ""  # not prepare, save: also draw the table into this file
 
 ROOT = Path(__file__).resolve().parent
 CORPUS_BYTES, DOCUMENT_BYTES = 64e6, 5000
@@ -391,7 +402,30 @@ def bench_train(folder: Path) -> None:
     shape = Shape(layers, hidden, batch, context)
     names = ["ours", "transformers", *filter(None, peer.split(","))]
     modes = {"eager": [False], "compiled": [True], "both": [False, True]}[mode]
-    trainers = [Trainer(n, compiled, shape, dtype) for compiled in modes for n in names]
+    kinds = [(n, compiled) for compiled in modes for n in names]
+    trainers = [Trainer(n, compiled, shape, dtype) for n, compiled in kinds]
+    train_in_turn(trainers)
+    flops = flops_per_token(GPT(shape.size)) * batch * context
+    top = matmul_peak(dtype)
+    print(f"\n{shape}, {dtype}; median of {3 * repeats} steps, in turn")
+    print("| model | tokens/s | times the last | of matmul peak | peak tensor MB |")
+    print("|---|---|---|---|---|")
+    last, bars = trainers[-1].seconds, []
+    for trainer, (name, compiled) in zip(trainers, kinds, strict=True):
+        seconds = statistics.median(trainer.seconds)
+        ratio = statistics.median(b / a for a, b in zip(trainer.seconds, last, strict=True))
+        peak = measured_peak(name, compiled, shape, folder)
+        bars.append((trainer.name, batch * context / seconds))
+        print(
+            f"| {trainer.name} | {batch * context / seconds:,.0f} | {ratio:.2f} | "
+            f"{flops / seconds / top:.0%} | {peak / 1e6:,.0f} |",
+            flush=True,
+        )
+    picture(png, f"training, tokens/s, {shape}, {dtype}", bars)
+
+
+def train_in_turn(trainers: list[Trainer]) -> None:
+    """Two steps of each that do not count, then `repeats` rounds of three."""
     for trainer in trainers:
         trainer.step()
         trainer.step()
@@ -401,57 +435,433 @@ def bench_train(folder: Path) -> None:
         for trainer in trainers:
             for _ in range(3):
                 trainer.step()
-    flops = flops_per_token(GPT(shape.size)) * batch * context
-    top = matmul_peak(dtype)
-    print(f"\n{shape}, {dtype}; median of {3 * repeats} steps, in turn")
-    print("| model | tokens/s | times the last | of matmul peak | peak tensor MB |")
-    print("|---|---|---|---|---|")
-    last = trainers[-1].seconds
-    for trainer, (compiled, name) in zip(
-        trainers, [(c, n) for c in modes for n in names], strict=True
-    ):
-        seconds = statistics.median(trainer.seconds)
-        ratio = statistics.median(b / a for a, b in zip(trainer.seconds, last, strict=True))
-        given = f"{name!r}, {compiled}, bench.{shape}, {dtype!r}"
-        call = f"import bench; print(bench.peak_memory({given}))"
-        peak = int(run(["-c", call], folder).printed.splitlines()[-1]) / 1e6
-        print(
-            f"| {trainer.name} | {batch * context / seconds:,.0f} | {ratio:.2f} | "
-            f"{flops / seconds / top:.0%} | {peak:,.0f} |",
-            flush=True,
-        )
+
+
+def measured_peak(name: str, compiled: bool, shape: Shape, folder: Path) -> int:
+    """peak_memory, in bytes, of a process of its own."""
+    given = f"{name!r}, {compiled}, bench.{shape}, {dtype!r}"
+    found = run(["-c", f"import bench; print(bench.peak_memory({given}))"], folder)
+    return int(found.printed.strip().splitlines()[-1])
+
+
+def bench_growth(folder: Path) -> None:
+    """Print how speed and memory of training change with context, batch and depth."""
+    base, compiled = Shape(layers, hidden, batch, context), mode == "compiled"
+    sweeps = {
+        "context": [base.context * n // 2 for n in (1, 2, 4, 8)],
+        "batch": [max(1, base.batch * n // 4) for n in (1, 2, 4, 8)],
+        "layers": [max(1, base.layers * n // 2) for n in (1, 2, 4)],
+    }
+    shapes = {
+        (name, n): dataclasses.replace(base, **{name: n})
+        for name, numbers in sweeps.items()
+        for n in numbers
+    }
+    trainers = {s: Trainer("ours", compiled, s, dtype) for s in dict.fromkeys(shapes.values())}
+    train_in_turn(list(trainers.values()))
+    speeds = {s: s.batch * s.context / statistics.median(t.seconds) for s, t in trainers.items()}
+    peaks = {s: measured_peak("ours", compiled, s, folder) / 1e6 for s in trainers}
+    print(f"\n{base}, {dtype}, {'compiled' if compiled else 'eager'}, one changed at a time")
+    print("| changed | tokens/s | peak tensor MB |")
+    print("|---|---|---|")
+    for (name, n), shape in shapes.items():
+        print(f"| {name} {n} | {speeds[shape]:,.0f} | {peaks[shape]:,.0f} |")
+    if not png:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    grid = figure.subplots(2, 3, sharex="col", sharey="row")
+    for column, (name, numbers) in enumerate(sweeps.items()):
+        for row, (label, values) in enumerate((("tokens/s", speeds), ("peak MB", peaks))):
+            axes = grid[row][column]
+            axes.plot(numbers, [values[shapes[name, n]] for n in numbers], "o-")
+            axes.set_ylim(0, 1.1 * max(values.values()))
+            axes.spines[["top", "right"]].set_visible(False)
+            if column == 0:
+                axes.set_ylabel(label)
+        grid[1][column].set_xlabel(name)
+        grid[1][column].set_xticks(numbers)
+    figure.suptitle(
+        f"training: hidden {hidden}, else {base.layers} layers, batch {base.batch}, "
+        f"context {base.context}; {dtype}, {'compiled' if compiled else 'eager'}"
+    )
+    figure.savefig(png, dpi=120)
 
 
 def bench_save(folder: Path) -> None:
     """What a checkpoint every 25 updates costs a training run on the demo's config.
 
-    One run saves every 50 updates: 25 updates with a save are compared with the 25 after them.
+    Of each 25 updates the first 12, with the save and its writing, are compared with the next 12.
     """
     out = folder / "out"
     flags = [f"--out_dir={out}", f"--max_iters={steps}", "--warmup_iters=10", "--log_interval=1"]
-    flags += ["--eval_iters=1", "--eval_interval=1000000", "--checkpoint_interval=50"]
+    flags += ["--eval_iters=1", "--eval_interval=1000000", "--checkpoint_interval=25"]
     costs = []
     for i in range(repeats):
         run(["train.py", "config/train_demo.py", *flags], out)
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         ends = [r["elapsed_s"] for r in map(json.loads, lines) if "loss" in r]
-        blocks = [ends[k + 24] - ends[k - 1] for k in range(50, len(ends) - 24, 25)]
-        pairs = list(zip(blocks[::2], blocks[1::2], strict=False))
-        costs += [with_save / without - 1 for with_save, without in pairs]
-        print(f"{i + 1}/{repeats}  {len(pairs)} pairs, {ends[-1]:.1f} s", flush=True)
+        starts = range(25, len(ends) - 24, 25)
+        for k in starts:
+            more = (ends[k + 11] - ends[k - 1]) - (ends[k + 23] - ends[k + 11])
+            costs.append(more / (ends[k + 24] - ends[k - 1]))
+        print(f"{i + 1}/{repeats}  {len(starts)} saves, {ends[-1]:.1f} s", flush=True)
     low, middle, high = statistics.quantiles(costs, n=4)
     print(
         f"a save every 25 updates costs {middle:+.2%} of the time "
-        f"(median of {len(costs)} pairs; quartiles {low:+.2%}, {high:+.2%})"
+        f"(median of {len(costs)} saves; quartiles {low:+.2%}, {high:+.2%})"
     )
 
 
+@dataclass
+class Decoder:
+    """A way to make text."""
+
+    name: str
+    generate: Callable[[Any, int], Sequence[int]]  # prompts (B, T), new tokens -> first row's
+    weight_bytes: int  # read to make a token of every prompt
+    batches: bool = True  # takes several prompts at once
+
+
+def linear_bytes(model: Any) -> int:
+    """Bytes of the weights that a token is multiplied by, whatever the layers are called."""
+    weights = {id(m.weight): m.weight for m in model.modules() if "Linear" in type(m).__name__}
+    return sum(w.numel() * w.element_size() for w in weights.values())
+
+
+def our_decoders(model: Any) -> list[Decoder]:
+    """sample.py's ways: as it is, compiled, compiled with packed weights; each in int8, too."""
+    import torch
+    import torch._inductor.config
+
+    from quantization import quantize
+    from sampling import compile_decode
+
+    int8 = copy.deepcopy(model)
+    quantize(int8)
+    found = []
+    for kind, one in (("", model), (", int8", int8)):
+        for how in ("eager", "compiled", "compiled, frozen"):
+            if (how == "eager" and mode == "compiled") or (how != "eager" and mode == "eager"):
+                continue
+            if kind and "frozen" in how:
+                continue  # there are no weights to pack
+            net, freeze = copy.copy(one), "frozen" in how  # the copy has the same tensors
+            if how != "eager" and (problem := compile_decode(net, new_tokens, freeze)):
+                raise ValueError(f"{how} is not possible here: {problem}")
+
+            def generate(ids: Any, n: int, net: Any = net, freeze: bool = freeze) -> list[int]:
+                torch._inductor.config.freezing = freeze  # for a shape not compiled yet
+                row: list[int] = net.generate(ids, n, temperature=0)[0].tolist()
+                return row[ids.size(1) :]
+
+            found.append(Decoder(f"ours{kind}, {how}", generate, linear_bytes(one)))
+    return found
+
+
+def transformers_decoder(model: Any, folder: Path) -> Decoder:
+    """Its cached generate, with the same weights."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    import hf
+
+    number = getattr(torch, dtype)
+    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    settings = json.dumps(hf.config_json(model.config, number, 0))
+    (folder / "config.json").write_text(settings, encoding="utf-8")
+    hf.write_weights(folder / "model.safetensors", weights, number)
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=number, attn_implementation="sdpa")
+
+    def generate(ids: Any, n: int) -> Sequence[int]:
+        settings = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
+        made = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        row: list[int] = made[0, ids.size(1) :].tolist()
+        return row
+
+    return Decoder("transformers", generate, linear_bytes(theirs))
+
+
+def peer_decoder(path: str, size: Any) -> Decoder:
+    """The generate of another model.py, with random weights of its own."""
+    import torch
+
+    net = build(path, size)[0].eval().to(getattr(torch, dtype))
+
+    def generate(ids: Any, n: int) -> Sequence[int]:
+        with torch.no_grad():
+            row: list[int] = net.generate(ids, n, top_k=1)[0, ids.size(1) :].tolist()
+        return row
+
+    return Decoder(Path(path).parent.name, generate, linear_bytes(net))
+
+
+def llama_cpp_decoders(model: Any, folder: Path) -> list[Decoder]:
+    """llama.cpp on the same weights, as they are and in 8 bits; none where it is not installed."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        return []
+    import llama_cpp
+    import torch
+
+    import gguf_writer
+    import hf
+    from tokenizer import get_tokenizer
+
+    tok = get_tokenizer("gpt2")
+    tokens = hf.byte_level_bpe(json.loads(hf.tokenizer_json(tok)))
+    assert tokens is not None
+    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    weights["embed_tokens.weight"] = weights["embed_tokens.weight"][: tok.vocab_size]
+    size = dataclasses.replace(model.config, vocab_size=tok.vocab_size)
+    found = []
+    for kind in (dtype, "q8_0"):
+        path = folder / f"{kind}.gguf"
+        gguf_writer.write(path, weights, size, tokens, tok.eot, kind, "random", "mit")
+        context, threads = size.max_position_embeddings, torch.get_num_threads()
+        llama = llama_cpp.Llama(
+            str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+
+        def generate(ids: Any, n: int, llama: Any = llama) -> Sequence[int]:
+            llama.reset()  # else a prompt seen before costs nothing
+            stream = llama.generate(ids[0].tolist(), temp=0.0)
+            return [token for _, token in zip(range(n), stream, strict=False)]
+
+        found.append(Decoder(f"llama.cpp {kind}", generate, path.stat().st_size, batches=False))
+    return found
+
+
+def read_bandwidth() -> float:
+    """Bytes/s at which this CPU sums up 256 MB, the best of ten."""
+    import torch
+
+    data, times = torch.ones(1 << 26), []
+    for _ in range(10):
+        t0 = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - t0)
+    return 4 * data.numel() / min(times)
+
+
+def bench_decode(folder: Path) -> None:
+    """Print a table of the ways to make text for each of `cases`."""
+    import torch
+
+    from model import GPT
+
+    shapes = [[int(n) for n in case.split("x")] for case in cases.split(",")]
+    longest = max(prompt for _, prompt in shapes) + new_tokens
+    torch.manual_seed(0)
+    model = GPT(Shape(layers, hidden, 1, max(1024, longest)).size).eval()
+    with torch.no_grad():
+        for p in model.layers.parameters():
+            p.mul_(6)  # untouched, a model with a tied head repeats its last token for ever
+    model.to(getattr(torch, dtype))
+    decoders = [transformers_decoder(model, folder), *our_decoders(model)]
+    decoders += [peer_decoder(path, model.config) for path in filter(None, peer.split(","))]
+    decoders += llama_cpp_decoders(model, folder)
+    bars = []
+    for rows, prompt in shapes:
+        fit = [d for d in decoders if d.batches or rows == 1]
+        print(f"\n{rows} x {prompt} tokens, then {new_tokens} new ones", flush=True)
+        times = decode_times(fit, torch.randint(0, 50257, (rows, prompt)), new_tokens)
+        bars += decode_table(fit, times, rows, f"{rows} x {prompt}")
+    picture(png, f"new tokens/s, {layers} layers, hidden {hidden}, {dtype}", bars)
+
+
+def decode_times(decoders: list[Decoder], ids: Any, n: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds to the first token and to the n-th, in turn; the first row's tokens are compared."""
+    import torch
+
+    torch._dynamo.reset()  # it keeps few graphs of one function, and these shapes are new ones
+    texts = {d.name: d.generate(ids, n) for d in decoders}  # compiles
+    times: dict[str, list[tuple[float, float]]] = {d.name: [] for d in decoders}
+    for _ in range(repeats):
+        for d in decoders:
+            t0 = time.perf_counter()
+            d.generate(ids, 1)
+            t1 = time.perf_counter()
+            d.generate(ids, n)
+            times[d.name].append((t1 - t0, time.perf_counter() - t1))
+    first = texts[decoders[0].name]
+    for name, text in texts.items():
+        same = next((i for i, (a, b) in enumerate(zip(text, first, strict=True)) if a != b), n)
+        print(f"{name}: {same} of {n} tokens as {decoders[0].name}'s before the first other one")
+    return times
+
+
+def decode_table(
+    decoders: list[Decoder], times: dict[str, list[tuple[float, float]]], rows: int, case: str
+) -> list[tuple[str, float]]:
+    """Print the table of one case; its bars. Ratios are medians over the rounds."""
+    n, top, bars = new_tokens, read_bandwidth(), []
+    reference = times[decoders[0].name]
+    print(f"memory gives {top / 1e9:.1f} GB/s")
+    print(
+        "| way | first token, s | tokens/s | times transformers | after the first: tokens/s "
+        "| times transformers | MB of weights a step | of memory's speed |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for d in decoders:
+        mine = times[d.name]
+        first, whole = (statistics.median(t) for t in zip(*mine, strict=True))
+        step = statistics.median((b - a) / (n - 1) for a, b in mine)
+        ratio = statistics.median(b / y for (_, y), (_, b) in zip(mine, reference, strict=True))
+        later = statistics.median(
+            (b - a) / (y - x) for (x, y), (a, b) in zip(mine, reference, strict=True)
+        )
+        print(
+            f"| {d.name} | {first:.2f} | {rows * n / whole:.1f} | {ratio:.2f} | {rows / step:.1f} "
+            f"| {later:.2f} | {d.weight_bytes / 1e6:.0f} | {d.weight_bytes / step / top:.0%} |",
+            flush=True,
+        )
+        bars.append((f"{d.name}, {case}", rows * n / whole))
+    return bars
+
+
+def picture(path: str, title: str, bars: list[tuple[str, float]]) -> None:
+    """Draw labelled values as horizontal bars into a PNG; nothing without a path."""
+    if not path:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1 + 0.25 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.barh([label for label, _ in bars], [value for _, value in bars])
+    axes.bar_label(drawn, fmt="{:,.3g}", padding=2)
+    axes.invert_yaxis()
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def bench_load(folder: Path) -> None:
+    """Print what a batch of 12 x 1024 tokens costs, read in each way from 200 MB on disk."""
+    import numpy as np
+    import torch
+
+    from dataloader import TokenData, TrainLoader, TrainOrder, split_windows
+
+    rows, length, batches = 12, 1024, 80
+    ids = np.random.default_rng(0).integers(0, 50257, 100_000_000, dtype=np.uint16)
+    ids.tofile(folder / "train.bin")
+    torch.set_num_threads(1)
+    data = TokenData(folder, "train", length, 50304)
+    order = TrainOrder(data.tokens, length, 40 * rows * length, 0)
+    loader = TrainLoader(data, order, 0, 1, torch.device("cpu"))
+    kept = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r")
+
+    def stacked(bins: Any) -> Any:
+        starts = torch.randint(len(bins) - length, (rows,))
+        return [
+            torch.stack(
+                [torch.from_numpy(bins[i + k : i + k + length].astype(np.int64)) for i in starts]
+            )
+            for k in (0, 1)
+        ]
+
+    ways: dict[str, Callable[[int], Any]] = {
+        "a memory map for each batch, rows stacked (EasyGPT, nanoGPT)": lambda i: stacked(
+            np.memmap(folder / "train.bin", dtype=np.uint16, mode="r")
+        ),
+        "one memory map, rows stacked": lambda i: stacked(kept),
+        "ours, read": lambda i: loader.read(*divmod(i, 40), rows),
+        "ours, read and widened to int64": lambda i: split_windows(
+            loader.read(*divmod(i, 40), rows)
+        ),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(10 * repeats):
+        for name, way in ways.items():
+            t0 = time.perf_counter()
+            for i in range(turn * batches, (turn + 1) * batches):
+                way(i)
+            times[name].append((time.perf_counter() - t0) / batches)
+    first = next(iter(times.values()))
+    print(f"{rows} x {length} tokens, one thread; medians of {10 * repeats} x {batches} batches")
+    print("| way | microseconds | of the first |")
+    print("|---|---|---|")
+    for name, mine in times.items():
+        share = statistics.median(a / b for a, b in zip(mine, first, strict=True))
+        print(f"| {name} | {statistics.median(mine) * 1e6:.0f} | {share:.3f} |")
+    picture(
+        png, "microseconds a batch", [(k, statistics.median(v) * 1e6) for k, v in times.items()]
+    )
+
+
+def seconds_until(command: list[str], sign: str, environment: dict[str, str]) -> float:
+    """From starting a script until `sign` stands in what it prints. Raises ValueError if never."""
+    t0 = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdout is not None
+        seen = b""
+        while sign.encode() not in seen:
+            more = process.stdout.read1()
+            if not more:
+                raise ValueError(f"{' '.join(command)} failed: {seen.decode()[-300:]}")
+            seen += more
+        seconds = time.perf_counter() - t0
+        process.stdout.read()
+    return seconds
+
+
+def bench_startup(folder: Path) -> None:
+    """Print the seconds to the first step and the first token, with a compiler's cache and without.
+
+    The model is the demo's, its data the embedded corpus.
+    """
+    data, out = folder / "data", folder / "out"
+    run(["data/prepare.py", "--source=stdlib", f"--dataset={data}"], data)
+    train = ["train.py", "config/train_demo.py", f"--dataset={data}", f"--out_dir={out}"]
+    train += ["--max_iters=1", "--warmup_iters=0", "--eval_iters=1", "--log_interval=1"]
+    sample = ["sample.py", f"--out_dir={out}", "--num_samples=1"]
+    sample += ["--max_new_tokens=1", "--device=cpu"]
+    ways = {
+        "python -c 'import torch'": (["-c", "import torch; print('ready')"], "ready"),
+        "train.py": ([*train, "--compile=False"], "| loss"),
+        "train.py --compile=True": ([*train, "--compile=True"], "| loss"),
+        "sample.py": (sample, "tokens/s"),
+        "sample.py --quantize=int8": ([*sample, "--quantize=int8"], "tokens/s"),
+        "sample.py --compile=True": ([*sample, "--compile=True"], "tokens/s"),
+    }
+    bars = []
+    print("| from typing it to its first step or token | first time, s | later, s |")
+    print("|---|---|---|")
+    for name, (command, sign) in ways.items():
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / name.replace(" ", "_"))}
+        cold, *warm = (seconds_until(command, sign, cache) for _ in range(repeats + 1))
+        later = statistics.median(warm)
+        print(f"| {name} | {cold:.1f} | {later:.1f} |", flush=True)
+        bars += [(f"{name}, first time", cold), (f"{name}, later", later)]
+    picture(png, "seconds from typing to the first step or token", bars)
+
+
 def main() -> None:
-    benches = {"prepare": bench_prepare, "save": bench_save, "train": bench_train}
+    benches = {
+        **{"prepare": bench_prepare, "train": bench_train, "decode": bench_decode},
+        **{
+            "growth": bench_growth,
+            "load": bench_load,
+            "startup": bench_startup,
+            "save": bench_save,
+        },
+    }
     if what not in benches:
         raise ValueError(f"what must be {', '.join(benches)}, not {what!r}")
     if mode not in ("eager", "compiled", "both") or dtype not in ("float32", "bfloat16"):
         raise ValueError("mode must be eager, compiled or both, and dtype float32 or bfloat16")
+    if new_tokens < 2 or not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", cases):
+        raise ValueError(
+            "new_tokens must be at least 2, and cases BATCHxPROMPT with commas between, not "
+            f"{new_tokens} and {cases!r}"
+        )
     if repeats < 1 or steps < 100 or num_proc < 1:
         raise ValueError("repeats and num_proc must be at least 1, and steps at least 100")
     with tempfile.TemporaryDirectory() as folder:

@@ -33,6 +33,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# Before torch loads OpenMP, as in train.py: beside another program, 50 items of HellaSwag took the
+# demo model 22 s with threads that spin while they wait, and 2 s without.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import torch
 from tqdm import tqdm

@@ -9,7 +9,6 @@ Letters used for shapes:
 """
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from sampling import stream
 
 INIT_STD = 0.02  # GPT-2's; the two projections into the residual stream get less, see GPT.__init__
 IGNORE_INDEX = -1  # a target that does not count, as in nanoGPT
@@ -111,12 +112,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the positions seen so far, one tensor pair a layer.
 
-    Each is (B, nkv, S, hd) and allocated once. `span` slots are attended to in a call.
+    Each is (B, nkv, S, hd) and allocated once.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    span: int = 0
+
+    @property
+    def length(self) -> int:
+        """S, the positions that there is room for."""
+        return self.keys[0].size(2)
 
 
 class Attention(nn.Module):
@@ -134,7 +139,6 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.dropout = config.dropout
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         bias = config.attention_bias
@@ -158,8 +162,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
-        With a cache the new keys and values are stored at `positions` (T,) and attention covers
-        the cache's first `span` slots. mask (B, 1, T, span) bool, True = may look; None = causal.
+        With a cache the new keys and values are stored at `positions` (T,). A prompt (T > 1)
+        looks at itself; a single token looks at the whole cache. mask (B, 1, T, T or S) bool,
+        True = may look; None = causal.
         """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, hd)
@@ -172,8 +177,11 @@ class Attention(nn.Module):
             assert positions is not None
             cache.keys[layer].index_copy_(2, positions, k)
             cache.values[layer].index_copy_(2, positions, v)
-            k = cache.keys[layer][:, :, : cache.span]
-            v = cache.values[layer][:, :, : cache.span]
+            if T == 1:
+                k, v = cache.keys[layer], cache.values[layer]  # (B, nkv, S, hd)
+                # The query heads that share a key head, as if they were several positions of it:
+                # every fast kernel takes that, while few take grouped heads with a mask.
+                q = q.view(B, k.size(1), -1, self.head_dim)  # (B, nkv, nh / nkv, hd)
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -181,8 +189,8 @@ class Attention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None,
-            enable_gqa=self.grouped,
-        )  # (B, nh, T, hd)
+            enable_gqa=q.size(1) != k.size(1),
+        ).view(B, -1, T, self.head_dim)  # (B, nh, T, hd)
         y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(y, self.dropout, self.training)
 
@@ -340,13 +348,35 @@ class GPT(nn.Module):
         ]
         return KVCache(empty[::2], empty[1::2])
 
-    def decode(
-        self, idx: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None
-    ) -> Tensor:
-        """Logits (B, V) after the last of idx (B, T), whose places in the cache are positions (T,).
+    def prefill(self, idx: Tensor, cache: KVCache, pad: Tensor | None = None) -> Tensor:
+        """Logits (B, V) after a prompt idx (B, T), which fills the cache from its start.
 
-        mask is Attention's; None means that idx fills the cache from its start.
+        The first pad (B,) tokens of a row are padding; None = no padding anywhere.
         """
+        slots = torch.arange(idx.size(1), device=idx.device)
+        if len(slots) == 1:
+            return self.decode(idx, slots, cache, torch.zeros_like(idx[:, 0]))
+        mask = None
+        if pad is not None:
+            visible = (slots <= slots[:, None]) & (slots >= pad[:, None, None, None])
+            # padding looks at itself: a row that sees nothing would be NaN and spread
+            mask = visible | (slots == slots[:, None])  # (B, 1, T, T)
+        return self.next_logits(idx, slots, cache, mask)
+
+    def decode(self, idx: Tensor, position: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
+        """Logits (B, V) after one more token idx (B, 1), whose slot of the cache is position (1,).
+
+        Attention covers the whole cache behind a mask, so that no shape and no number in the graph
+        changes as the text grows: torch.compile(model.decode) compiles once a cache size.
+        """
+        slots = torch.arange(cache.length, device=idx.device)
+        mask = (slots <= position) & (slots >= pad[:, None, None, None])  # (B, 1, 1, S)
+        return self.next_logits(idx, position, cache, mask)
+
+    def next_logits(
+        self, idx: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None
+    ) -> Tensor:
+        """Logits (B, V) after the last of idx (B, T); the other arguments are Attention's."""
         x = self.embed_tokens(idx)
         cos, sin = self.cos[positions], self.sin[positions]
         for block in self.layers:
@@ -354,205 +384,20 @@ class GPT(nn.Module):
         logits: Tensor = self.lm_head(self.norm(x[:, -1]))
         return logits
 
-    @torch.no_grad()
-    def stream(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        stop_tokens: Sequence[int] = (),
-        lengths: Tensor | None = None,
-        vocab_size: int | None = None,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
-    ) -> Iterator[Tensor]:
-        """Yield the next token of every row, (B,) int64, up to max_new_tokens times.
-
-        idx (B, T) int64, T >= 1. Prompts of different lengths stand at the right, padded at the
-        left (see `left_pad`); lengths (B,) counts each row's real tokens. A row that has produced
-        one of stop_tokens repeats it; when all rows have, the iteration ends. Ids from vocab_size
-        on (padding of the embedding) are never drawn. Settings are as in `next_token`.
-
-        Text longer than the context goes on in a window that slides by half the context; rows of
-        different lengths slide together.
-        Raises ValueError for a setting out of range or an empty prompt.
-        """
-        B, T = idx.shape
-        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        if T == 0 or max_new_tokens < 0:
-            raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones make no text")
-        device, context = idx.device, self.config.max_position_embeddings
-        ids = F.pad(idx, (0, max_new_tokens))
-        pad = torch.zeros_like(idx[:, 0]) if lengths is None else T - lengths.to(device)
-        is_prompt = torch.arange(T, device=device) >= pad[:, None]  # (B, T)
-        counts = torch.zeros(B, self.config.vocab_size, dtype=torch.int32, device=device)
-        seen = counts.scatter_add_(1, idx, is_prompt.int()) > 0
-        stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
-        done = torch.zeros(B, dtype=torch.bool, device=device)
-        cache, start = None, -1
-        for n in range(T, T + max_new_tokens):
-            new_start = window_start(n, context)
-            if cache is None or new_start != start or not use_cache:
-                start = new_start
-                cache = self.new_cache(B, min(context, T + max_new_tokens - start))
-                first = 0  # position in the window of the first token to compute
-            else:
-                first = n - 1 - start
-            cache.span = n - start
-            columns = torch.arange(cache.span, device=device)
-            positions = columns[first:]
-            mask = None
-            if first > 0 or lengths is not None:
-                causal = columns <= positions[:, None]  # (T, span)
-                real = columns >= (pad - start)[:, None, None, None]  # (B, 1, 1, span)
-                # padding looks at itself: a row that sees nothing would be NaN and spread
-                mask = causal & real | (columns == positions[:, None])
-            logits = self.decode(ids[:, start + first : n], positions, cache, mask)
-            token = next_token(
-                logits[:, :vocab_size],
-                temperature,
-                top_k,
-                top_p,
-                min_p,
-                repetition_penalty,
-                seen[:, :vocab_size],
-                generator,
-            )
-            token = torch.where(done, ids[:, n - 1], token)
-            ids[:, n] = token
-            seen.scatter_(1, token[:, None], True)
-            yield token
-            if len(stops):
-                done |= torch.isin(token, stops)
-                if bool(done.all()):
-                    return
-
     def generate(
         self,
         idx: Tensor,
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        stop_tokens: Sequence[int] = (),
-        lengths: Tensor | None = None,
-        vocab_size: int | None = None,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
+        **settings: Any,
     ) -> Tensor:
-        """idx (B, T) followed by what `stream` yields: (B, T + new), new <= max_new_tokens."""
-        tokens = self.stream(
-            idx,
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            stop_tokens,
-            lengths,
-            vocab_size,
-            generator,
-            use_cache,
-        )
+        """nanoGPT's call: idx (B, T) and the new tokens, (B, T + new), new <= max_new_tokens.
+
+        `sampling.stream` makes them, one after the other, and has the other settings.
+        """
+        tokens = stream(self, idx, max_new_tokens, temperature, top_k, **settings)
         return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
-
-
-def window_start(length: int, context: int) -> int:
-    """First token that is visible when the next of `length` tokens is predicted.
-
-    0 while the text fits; past that the window moves by half the context at a time, so that the
-    cache is rebuilt once in context/2 tokens and not at every token.
-    """
-    half = max(1, context // 2)
-    return max(0, math.ceil((length - context) / half)) * half
-
-
-def left_pad(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
-    """Prompts as one (B, T) int64 tensor, each at the right of its row, and their lengths (B,)."""
-    width = max(len(p) for p in prompts)
-    rows = [[pad] * (width - len(p)) + list(p) for p in prompts]
-    return torch.tensor(rows), torch.tensor([len(p) for p in prompts])
-
-
-def check_sampling(
-    temperature: float, top_k: int | None, top_p: float, min_p: float, repetition_penalty: float
-) -> None:
-    """Raises ValueError that lists every sampling setting out of range."""
-    problems = []
-    if not 0 <= temperature < math.inf:
-        problems.append(f"temperature must be 0 (greedy) or more, not {temperature}")
-    if top_k is not None and top_k < 0:
-        problems.append(f"top_k must be 0 (off) or more, not {top_k}")
-    if not 0 < top_p <= 1:
-        problems.append(f"top_p must be above 0 and at most 1 (off), not {top_p}")
-    if not 0 <= min_p <= 1:
-        problems.append(f"min_p must be at least 0 (off) and at most 1, not {min_p}")
-    if not 0 < repetition_penalty < math.inf:
-        problems.append(f"repetition_penalty must be positive, not {repetition_penalty}")
-    if problems:
-        raise ValueError("sampling settings: " + "; ".join(problems))
-
-
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens already in the text less likely (arXiv 1909.05858). (B, V), seen (B, V) bool."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Only the k likeliest of each row stay; the rest become -inf. (B, V) -> (B, V)."""
-    kth = logits.topk(min(k, logits.size(-1))).values[:, -1:]
-    return logits.masked_fill(logits < kth, -math.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The fewest tokens whose probabilities reach p stay (arXiv 1904.09751). (B, V) -> (B, V)."""
-    ordered, order = logits.sort(descending=True)
-    probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs  # mass of the likelier tokens: 0 for the first, always kept
-    return logits.masked_fill((before >= p).scatter(-1, order, before >= p), -math.inf)
-
-
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Tokens at least p times as likely as the likeliest stay (arXiv 2407.01082)."""
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -math.inf)
-
-
-def next_token(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seen: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token a row: logits (B, V) -> (B,) int64.
-
-    In order: repetition penalty on the `seen` (B, V) tokens, temperature (0 takes the likeliest),
-    top-k, top-p, min-p, one draw. 0, None and 1 switch a step off.
-    """
-    logits = logits.float()
-    if repetition_penalty != 1 and seen is not None:
-        logits = penalize(logits, seen, repetition_penalty)
-    if temperature == 0:
-        return logits.argmax(-1)
-    # the largest first becomes 0: a tiny temperature then gives -inf beside it, never inf - inf
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k:
-        logits = keep_top_k(logits, top_k)
-    if top_p < 1:
-        logits = keep_top_p(logits, top_p)
-    if min_p > 0:
-        logits = keep_min_p(logits, min_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
 def num_parameters(model: nn.Module) -> int:

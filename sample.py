@@ -3,17 +3,23 @@
 Text goes to stdout as it is made, everything else to stderr. --interactive prompts in a loop.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+# Before torch loads OpenMP, as in train.py: on a CPU shared with other programs tokens came three
+# to four times as slowly without, on an idle one as fast.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
 import pretrained
 import runtime
 from configurator import configure
-from model import GPT, check_sampling
+from model import GPT
+from sampling import check_sampling, compile_decode, stream
 from tokenizer import StreamDecoder, Tokenizer
 
 # what
@@ -32,7 +38,9 @@ repetition_penalty = 1.0  # above 1: tokens already in the text become less like
 seed = 1337  # of the draws
 # machine
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
-dtype = "auto"  # auto, float32, bfloat16, float16
+dtype = "auto"  # auto, float32, bfloat16, float16: of the weights and of the computation
+quantize = ""  # int8: weights in 8 bits, the rest in bfloat16, on a CPU; empty = off
+compile = False  # compile the step that makes a token: half a minute, from the next start seconds
 
 
 def read_prompt(text: str) -> str:
@@ -67,10 +75,11 @@ def write(pieces: Iterator[torch.Tensor], tok: Tokenizer) -> int:
     count = 0
     try:
         for token in pieces:
-            if int(token) == tok.eot:
+            number = int(token)  # waits for the device
+            if number == tok.eot:
                 break
             count += 1
-            print(decoder.push(int(token)), end="", flush=True)
+            print(decoder.push(number), end="", flush=True)
     finally:
         print(decoder.flush(), flush=True)
     return count
@@ -90,6 +99,30 @@ def prompts() -> Iterator[str]:
         yield line
 
 
+def prepare(model: GPT, where: torch.device, number: torch.dtype) -> None:
+    """Bring the model to the device and its weights into the type that they are used in."""
+    if quantize:
+        from quantization import quantize as to_int8
+
+        to_int8(model)
+    model.to(where, number)
+
+
+def compiled(model: GPT, where: torch.device, number: torch.dtype) -> str:
+    """Compile the step that makes a token; a line on how that went."""
+    problem = runtime.why_not_compile(where)
+    t0 = time.perf_counter()
+    if not problem:
+        # Packed weights were 1.4 times as fast on a CPU that computes in bfloat16, but take their
+        # memory twice; in float32 they gained 1.1.
+        packs = where.type == "cpu" and number == runtime.select_dtype("auto", where)[0]
+        freeze = packs and number == torch.bfloat16 and not quantize
+        problem = compile_decode(model, max_new_tokens + 1, freeze)
+    if problem:
+        return f"not compiled: {problem}"
+    return f"compiled in {time.perf_counter() - t0:.0f} s"
+
+
 def main() -> None:
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if not 0 <= seed < 2**63:
@@ -99,12 +132,18 @@ def main() -> None:
     if not interactive:
         read_prompt(start)
     where = runtime.select_device(device)
-    number, _ = runtime.select_dtype(dtype, where)
+    if quantize not in ("", "int8") or (quantize and where.type != "cpu"):
+        raise ValueError(f"quantize must be int8, on a CPU, or empty, not {quantize!r} on {where}")
+    wanted = "bfloat16" if quantize and dtype == "auto" else dtype
+    number, _ = runtime.select_dtype(wanted, where)
     path, model, tok, _, problems = pretrained.load(init_from, out_dir)
     for problem in problems:
         print(f"passed over: {problem}", file=sys.stderr)
-    model.to(where)
-    print(f"{path}, {tok.name} tokens, {runtime.describe(where)}", file=sys.stderr)
+    prepare(model, where, number)
+    kind = quantize or str(number).removeprefix("torch.")
+    print(f"{path}, {tok.name} tokens, {kind}, {runtime.describe(where)}", file=sys.stderr)
+    if compile:
+        print(compiled(model, where, number), file=sys.stderr)
 
     generator = torch.Generator(where).manual_seed(seed)
     made, took_s = 0, 0.0
@@ -114,21 +153,19 @@ def main() -> None:
         ids = torch.tensor([prompt_ids(tok, text, model)], device=where)
         print(text, end="", flush=True)
         t0 = time.perf_counter()
-        with runtime.autocast(where, number):
-            made += write(
-                model.stream(
-                    ids,
-                    max_new_tokens,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    min_p=min_p,
-                    repetition_penalty=repetition_penalty,
-                    vocab_size=tok.vocab_size,
-                    generator=generator,
-                ),
-                tok,
-            )
+        tokens = stream(
+            model,
+            ids,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            vocab_size=tok.vocab_size,
+            generator=generator,
+        )
+        made += write(tokens, tok)
         took_s += time.perf_counter() - t0
     print(f"{made} tokens, {made / max(took_s, 1e-9):.1f} tokens/s", file=sys.stderr)
 

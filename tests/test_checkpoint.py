@@ -128,6 +128,31 @@ def test_one_damaged_block_does_not_spoil_the_last_and_the_best(tmp_path):
     assert path.name == "best.pt" and "ckpt_1.pt" in problems[0]
 
 
+def test_a_packed_copy_equals_shares_nothing_and_is_few_records(tmp_path):
+    """Of every type and layout; a tied tensor is copied once, and the next copy needs no memory."""
+    table = torch.randn(5, 7)
+    given = {
+        "tied": [table, table],
+        "turned": torch.randn(4, 4).T,
+        "square": (torch.arange(9).view(3, 3), torch.ones(3), torch.zeros(()), torch.empty(0)),
+        "half": {"a": torch.randn(3).bfloat16(), 5: None, "n": 7},
+    }
+    given["square_turned"] = given["square"][0].T  # the same memory, another matrix
+    packed = checkpoint.Packed()
+    first = packed.copy(given)
+    torch.testing.assert_close(first, given, rtol=0, atol=0)
+    assert first["tied"][0] is first["tied"][1]
+    pieces = {t.untyped_storage().data_ptr() for t in checkpoint.tensors_in(first) if t.numel()}
+    assert len(pieces) == 3  # float32, int64, bfloat16
+    table.zero_()
+    assert first["tied"][0].abs().sum() > 0
+    again = packed.copy(given)
+    assert again["tied"][0].data_ptr() == first["tied"][0].data_ptr()
+    torch.testing.assert_close(again, given, rtol=0, atol=0)
+    with_other_shapes = {"grown": torch.randn(100, 3)}
+    torch.testing.assert_close(packed.copy(with_other_shapes), with_other_shapes, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "model."])
 def test_easygpts_files_load(tmp_path, prefix):
     """Its misspelt norm, its inv_freq, its norm_eps and bias, and torch.compile's prefix."""

@@ -833,8 +833,8 @@ def test_nan_weights_are_called_so(tmp_path, whole_out):
 
 @posix
 def test_ctrl_c_while_sampling_keeps_the_text(whole_out):
-    slow = "import model, time; f = model.next_token\n"
-    slow += "model.next_token = lambda *a: (time.sleep(0.05), f(*a))[1]"
+    slow = "import sampling, time; f = sampling.next_token\n"
+    slow += "sampling.next_token = lambda *a: (time.sleep(0.05), f(*a))[1]"
     flags = [f"--out_dir={whole_out}", "--start=the cat", "--device=cpu", "--max_new_tokens=10000"]
     process = start(flags, slow, script="sample.py")
     seen = process.stdout.read(12)

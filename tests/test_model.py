@@ -15,12 +15,10 @@ from model import (
     apply_rope,
     configure_optimizer,
     flops_per_token,
-    left_pad,
-    next_token,
     num_parameters,
     rope_tables,
-    window_start,
 )
+from sampling import left_pad, next_token, stream, window_start
 
 SIZES = {
     "no gqa": dict(num_attention_heads=4, num_key_value_heads=4, head_dim=16, hidden_size=64),
@@ -267,7 +265,7 @@ def test_stop_tokens_end_a_row_and_then_the_iteration():
     free = m.generate(x, 20, **greedy)[:, 5:]
     stops = [free[0, 3].item(), free[1, 6].item()]
     assert stops[0] not in free[0, :3] and stops[1] not in free[1, :6], "chosen seed"
-    steps = list(m.stream(x, 20, **greedy, stop_tokens=stops))
+    steps = list(stream(m, x, 20, **greedy, stop_tokens=stops))
     first = [row.index(next(t for t in row if t in stops)) for row in free.tolist()]
     assert len(steps) == max(first) + 1
     rows = torch.stack(steps, 1).tolist()
@@ -283,7 +281,7 @@ def test_stream_yields_what_generate_returns_and_a_seed_fixes_it():
         return torch.Generator().manual_seed(3)
 
     whole = m.generate(x, 12, top_k=20, generator=generator())
-    steps = torch.stack(list(m.stream(x, 12, top_k=20, generator=generator())), 1)
+    steps = torch.stack(list(stream(m, x, 12, top_k=20, generator=generator())), 1)
     assert torch.equal(whole[:, 5:], steps)
 
 
@@ -341,7 +339,7 @@ def test_filters_equal_transformers(name):
     torch.manual_seed(0)
     logits, ids = torch.randn(4, 50) * 3, torch.randint(50, (4, 9))
     seen = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, ids, True)
-    import model as ours
+    import sampling as ours
 
     mine, theirs = {
         "top_k": (ours.keep_top_k(logits, 7), generation.TopKLogitsWarper(7)),

@@ -13,7 +13,9 @@ from configurator import overrides
 
 ALLOWED = {  # scripts never import scripts; what reads and writes models may import leaves
     "configurator": set(),
-    "model": set(),
+    "sampling": set(),
+    "quantization": set(),
+    "model": {"sampling"},
     "dataloader": set(),
     "runtime": set(),
     "tokenizer": set(),
@@ -29,7 +31,10 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
         *("checkpoint", "configurator", "dataloader", "model", "planner", "pretrained", "runlog"),
         *("runtime", "tokenizer"),
     },
-    "sample": {"configurator", "model", "pretrained", "runtime", "tokenizer"},
+    "sample": {
+        *("configurator", "model", "pretrained", "quantization", "runtime", "sampling"),
+        "tokenizer",
+    },
     "export": {
         *("checkpoint", "configurator", "gguf_writer", "hf", "model", "pretrained", "runlog"),
         *("runtime", "tokenizer"),
@@ -38,11 +43,19 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
         *("configurator", "dataloader", "pretrained", "runlog", "runtime", "scoring"),
         "tokenizer",
     },
-    "bench": {"configurator", "hf", "model", "runtime"},
+    "bench": {
+        *("configurator", "dataloader", "gguf_writer", "hf", "model", "quantization", "runtime"),
+        *("sampling", "tokenizer"),
+    },
     "data/prepare": {"configurator", "tokenizer"},
 }
 PROJECT = {name.split("/")[-1] for name in ALLOWED}
-LIGHT = {"configurator": {"torch", "numpy"}, "tokenizer": {"torch"}, "model": {"numpy"}}
+LIGHT = {
+    "configurator": {"torch", "numpy"},
+    "tokenizer": {"torch"},
+    "model": {"numpy"},
+    "sampling": {"numpy"},
+}
 HEAVY = {"wandb", "datasets", "transformers", "matplotlib", "pyarrow", "tokenizers"}
 HEAVY |= {"gguf", "huggingface_hub"}
 

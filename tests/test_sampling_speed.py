@@ -1,0 +1,159 @@
+"""What makes sampling quick, against the plain way: one graph, int8 weights, no waits."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig
+from quantization import Int8Linear, quantize
+from sampling import cache_length, compile_decode, left_pad, stream
+
+SIZE = GPTConfig(
+    vocab_size=131,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+)
+
+
+def model(**fields):
+    torch.manual_seed(0)
+    m = GPT(GPTConfig(**{**vars(SIZE), **fields})).eval()
+    with torch.no_grad():
+        for name, p in m.named_parameters():
+            if "proj" in name:
+                p.mul_(12)
+    return m
+
+
+def prompt(length, batch=1):
+    return torch.randint(131, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch._inductor.config.freezing = False
+
+
+def test_one_graph_however_long_the_text_grows(fresh):
+    """Prompts of one length and another, past positions 64 and 128, padded or not, new windows."""
+    counter = CompileCounter()
+    m = model(max_position_embeddings=256)
+    plain = m.generate(prompt(5, 2), 300, temperature=0)
+    m.decode = torch.compile(m.decode, backend=counter, fullgraph=True, dynamic=False)
+    assert torch.equal(m.generate(prompt(5, 2), 300, temperature=0), plain)
+    assert counter.frame_count == 1
+    m.generate(prompt(60, 2), 130, top_k=5)
+    ids, lengths = left_pad([[1], [2, 3, 4]])
+    m.generate(ids, 200, lengths=lengths)
+    assert counter.frame_count == 1, "recompiled"
+    m.generate(prompt(5, 2), 90)
+    assert counter.frame_count == 2, "a short text has a short cache"
+
+
+def test_cache_lengths_are_few():
+    assert {cache_length(n, 1024) for n in range(1, 5000)} == {128, 256, 512, 1024}
+    assert all(cache_length(n, 100) == 100 for n in (1, 99, 101))
+    assert all(cache_length(n, 1024) >= n for n in range(1, 1025))
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_compiled_text_equals_plain_text(fresh, freeze):
+    """By inductor itself: the likeliest token each, and the logits."""
+    plain, m = model(num_hidden_layers=1), model(num_hidden_layers=1)
+    assert compile_decode(m, 100, freeze) == ""
+    assert torch.equal(
+        m.generate(prompt(7), 100, temperature=0), plain.generate(prompt(7), 100, temperature=0)
+    )
+    logits = []
+    for one in (m, plain):
+        with torch.no_grad():
+            cache = one.new_cache(1, 128)
+            one.prefill(prompt(7), cache)
+            where = torch.tensor([7]), cache, torch.tensor([0])
+            logits.append(one.decode(torch.tensor([[3]]), *where))
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiler_that_fails_leaves_the_model_as_it_was(fresh, monkeypatch):
+    def broken(*args, **kwargs):
+        def call(*args):
+            raise RuntimeError("no\nwork today")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    m = model()
+    assert compile_decode(m, 100) == "RuntimeError: no"
+    assert m.generate(prompt(3), 4).shape == (1, 7)
+
+
+def test_int8_weights_are_within_half_a_level_and_products_near():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(96, 40)
+    with torch.no_grad():
+        linear.weight[3] = 0
+        linear.weight[5] *= 1000
+    packed = Int8Linear(linear)
+    back = packed.weight.float() * packed.scale.float()[:, None]
+    levels = linear.weight.abs().amax(1, keepdim=True) / 127
+    # half a level from rounding, and 127 times the error of a scale in bfloat16 at the largest
+    assert ((back - linear.weight).abs() <= levels * (0.51 + 127 * 2**-9)).all()
+    assert packed.weight.dtype == torch.int8
+    for shape in ((96,), (1, 96), (2, 3, 96), (70, 96)):
+        x = torch.randn(shape)
+        y = packed(x)
+        assert y.dtype == torch.float32 and y.shape == (*shape[:-1], 40)
+        want = F.linear(x.bfloat16().float(), back, linear.bias)
+        torch.testing.assert_close(y, want, rtol=2**-7, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["untied", "biases", "tied"])
+def test_int8_logits_are_near(kind):
+    """Within 6% of the spread of the logits, root mean square, where bfloat16 has 3%."""
+    fields = {"untied": {"tie_word_embeddings": False}, "tied": {}}
+    fields["biases"] = {"attention_bias": True, "mlp_bias": True}
+    m, x = model(**fields[kind]), prompt(40, 3)
+
+    def last_logits(one):
+        with torch.no_grad():
+            return one.prefill(x, one.new_cache(3, 64)).float()
+
+    want = last_logits(m)
+    half, int8 = model(**fields[kind]).bfloat16(), model(**fields[kind])
+    quantize(int8)
+    int8.bfloat16()
+    kinds = {type(c) for c in int8.modules()}
+    assert Int8Linear in kinds and torch.nn.Linear not in kinds
+    errors = [((last_logits(o) - want).std() / want.std()).item() for o in (half, int8)]
+    assert 0 < errors[0] < 0.03 and errors[1] < 0.06, errors
+    assert int8.generate(x, 30).shape == (3, 70)
+
+
+WAITS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
+
+
+def test_a_token_waits_for_the_device_only_with_stop_tokens(monkeypatch):
+    """What on a GPU would stop the host is counted."""
+    calls = []
+    for name in WAITS:
+        real = getattr(torch.Tensor, name)
+
+        def counted(self, *args, _real=real, _name=name, **kwargs):
+            calls.append(_name)
+            return _real(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    m, settings = model(), dict(top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.1)
+    m.generate(prompt(5, 2), 20, **settings)
+    assert not calls
+    assert len(list(stream(m, prompt(5, 2), 20, stop_tokens=[130], temperature=0))) == 20
+    assert len(calls) == 20

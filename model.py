@@ -251,7 +251,8 @@ class CrossEntropy(torch.autograd.Function):
         """logits (N, V), targets (N,) int64 -> () float32, in nats per target that counts."""
         counts, targets = targets != IGNORE_INDEX, targets.clamp(min=0)
         ctx.rows = max(1, LOSS_CHUNK * (1 if logits.is_cpu else 64) // logits.size(1))
-        lse = torch.cat([part.float().logsumexp(1) for part in logits.split(ctx.rows)])
+        starts = range(0, len(logits), ctx.rows)
+        lse = torch.cat([logits[i : i + ctx.rows].float().logsumexp(1) for i in starts])
         ctx.save_for_backward(logits, targets, counts, lse)
         losses = lse - logits.gather(1, targets[:, None])[:, 0]
         return (losses * counts).sum() / counts.sum()

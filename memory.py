@@ -395,7 +395,7 @@ def at_peak(training: Training, batch: int) -> dict[str, float]:
     pass where activations are most, and in the half where gradients are most, grow with each layer
     by the same amount.
     """
-    fixed = states(training.size)
+    fixed = dict(states(training.size))
     if not training.accumulates:
         fixed[GRADIENTS] = 0  # the backward pass makes them
     layers = training.size.num_hidden_layers

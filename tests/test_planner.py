@@ -99,9 +99,11 @@ def test_the_smallest_change_that_fits():
     change = planner.smallest_change(training, 8, 24, one - 1)
     assert change.startswith("--activation_checkpointing=True --batch_size=")
     assert "num_hidden_layers" not in change
-    less = planner.smallest_change(training, 8, 24, 0.8 * one)
+    least = planner.peak(replace(training, checkpointing=True), 1, 24)
+    less = planner.smallest_change(training, 8, 24, least - 1)
     assert "--num_hidden_layers=" in less
     assert "smaller hidden_size" in planner.smallest_change(training, 8, 24, 1000)
+    assert planner.peak(training, 8, 24) == full  # asking changes no answer
 
 
 @pytest.mark.parametrize(
@@ -165,9 +167,10 @@ def test_dry_run_without_data_for_a_card_that_is_not_here(script, tmp_path):
 
 
 def test_a_dry_run_that_does_not_fit_says_what_does(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(planner, "RESERVE", {"cuda": 24 * planner.GIB - 2e6, "cpu": 0, "mps": 0})
+    room = planner.peak(Training(DRY, torch.bfloat16, "cuda", False, False, True), 2, 16)
+    monkeypatch.setattr(planner, "RESERVE", {"cuda": 24 * planner.GIB - room})
     args = [*DRY_RUN, f"--dataset={tmp_path}/none", f"--out_dir={tmp_path}/out", "--device=RTX3090"]
     seen = script("train.py", *args)
     assert seen.code == 1
     assert "DOES NOT FIT" in seen.out and "hours" in seen.out
-    assert "smallest change that fits: --batch_size=" in seen.err
+    assert "smallest change that fits: --batch_size=2\n" in seen.err

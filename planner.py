@@ -347,6 +347,8 @@ def plan(
 
     Raises ValueError at the end, with the smallest change that fits, when the run does not fit.
     """
+    if world_size > 1 and not card:
+        raise ValueError(f"world_size={world_size} needs a card to plan for, as --device=RTX3090")
     context = training.size.max_position_embeddings
     windows = tokens_per_step // context
     micro_steps = windows // batch
@@ -375,8 +377,6 @@ def plan(
         step_s = flops / CPU_FLOPS
         how = f"computed from a guess; not timed: {'does not fit' if change else 'takes too long'}"
     yield from time_lines(step_s, tokens_per_step, flops, steps, how)
-    if world_size > 1 and not card:
-        raise ValueError(f"world_size={world_size} needs a card to plan for, as --device=RTX3090")
     if world_size > 1 and card:
         yield from scaling_lines(training, batch, windows, flops, card, world_size)
     if change:

@@ -89,7 +89,7 @@ wandb_run_name = ""  # empty = the name of out_dir
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: type of matrix products, by autocast
 compile = "auto"  # auto, True, False: torch.compile
-activation_checkpointing = False  # compute each block twice: less memory, about a third more time
+activation_checkpointing = False  # compute each block twice: less memory, a third more operations
 # a plan instead of a run
 dry_run = False  # print what the run will take; device may then be a card's name, as RTX3090
 world_size = 1  # cards to plan for

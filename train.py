@@ -89,6 +89,10 @@ wandb_run_name = ""  # empty = the name of out_dir
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: type of matrix products, by autocast
 compile = "auto"  # auto, True, False: torch.compile
+activation_checkpointing = False  # compute each block twice: less memory, a third more operations
+# a plan instead of a run
+dry_run = False  # print what the run will take; device may then be a card's name, as RTX3090
+world_size = 1  # cards to plan for
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent
@@ -124,7 +128,7 @@ def check_settings() -> None:
     least = {"batch_size": 1, "tokens_per_step": 1, "max_iters": 0, "eval_interval": 1}
     least |= {"eval_iters": 1, "log_interval": 1, "keep_last": 1, "warmup_iters": 0}
     least |= {"checkpoint_interval": 0, "milestone_interval": 0, "skip_spike": 0, "time_limit": 0}
-    least |= {"watchdog_minutes": 0}
+    least |= {"watchdog_minutes": 0, "world_size": 1}
     least |= {"lr_decay_iters": 0, "max_skipped": 1, "grad_clip": 0, "weight_decay": 0, "min_lr": 0}
     problems = [
         f"{name} must be at least {low}, not {globals()[name]}"
@@ -262,7 +266,73 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
 
 
+def disk_needed(parameters: int) -> dict[str, int]:
+    """Of a run: bytes of a checkpoint, number of them, bytes of the log."""
+    milestones = max_iters // milestone_interval if milestone_interval else 0
+    return {  # weights and two moments in float32; a record has 300 bytes
+        "size": 12 * parameters,
+        "count": keep_last + milestones + 2,
+        "log": 300 * (max_iters // log_interval + max_iters // eval_interval),
+    }
+
+
+def plan() -> None:
+    """Print what the run would take, and write nothing.
+
+    Raises ValueError with the smallest change that fits when it does not fit.
+    """
+    import planner  # of no use to a run
+
+    config = settings_of(globals())
+    check_settings()
+    card = planner.find_card(device)
+    where = torch.device("cuda") if card else runtime.select_device(device)
+    if card and dtype == "auto":
+        number, why = card.half, "the card computes in it"
+    else:
+        number, why = runtime.select_dtype(dtype, where)
+    folder = Path(dataset) if os.sep in dataset or "/" in dataset else ROOT / "data" / dataset
+    size = GPTConfig(
+        **{f.name: config[f.name] for f in fields(GPTConfig) if f.name != "vocab_size"},
+        vocab_size=vocab_size or -(-int(read_meta(folder)["vocab_size"]) // 64) * 64,
+    )
+    if init_from != "scratch":
+        path, start, _ = pretrained.read(init_from, out_dir)
+        size = checkpoint.model_config(start, path)
+        if init_from != "resume":
+            least = min(size.max_position_embeddings, max_position_embeddings)
+            size = replace(size, max_position_embeddings=least)
+        size = replace(size, dropout=dropout)
+        del start
+    context = size.max_position_embeddings
+    micro_steps = accumulation(tokens_per_step, batch_size, context, 1)
+    with torch.device("meta"):
+        empty = GPT(size)
+    flops = flops_per_token(empty) * tokens_per_step * max_iters
+    pays = where.type == "cuda" or flops >= CPU_COMPILE_FLOPS
+    can = card is not None or not runtime.why_not_compile(where)
+    compiled = compile.lower() == "true" or (compile.lower() == "auto" and can and pays)
+    training = planner.Training(
+        size, number, where.type, compiled, activation_checkpointing, accumulates=micro_steps > 1
+    )
+    name = f"{card.name}, not here" if card else runtime.describe(where)
+    say(
+        f"model    {num_parameters(empty):,} parameters, context {context}, vocab {size.vocab_size}"
+    )
+    say(planner.data_line(folder, training, tokens_per_step, max_iters))
+    say(f"machine  {name}; {number} ({why})".replace("torch.", ""))
+    there, disk = planner.existing(Path(out_dir)), disk_needed(num_parameters(empty))
+    say(planner.disk_line(there, **disk))
+    for line in planner.plan(
+        training, where, card, batch_size, tokens_per_step, max_iters, world_size
+    ):
+        say(line)
+    checkpoint.check_disk(there, **disk)
+
+
 def main() -> None:
+    if dry_run:
+        return plan()
     # --- settings, device, folders: everything that can be wrong is found before any work
     started = time.monotonic()
     stop = runtime.Stop()
@@ -336,14 +406,9 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(seed)
     model = checkpoint.build(size, start, path) if start else GPT(size)
-    milestones = max_iters // milestone_interval if milestone_interval else 0
-    checkpoint.check_disk(  # weights and two moments in float32; a record has 300 bytes
-        out,
-        size=12 * num_parameters(model),
-        count=keep_last + milestones + 2,
-        log=300 * (max_iters // log_interval + max_iters // eval_interval),
-    )
+    checkpoint.check_disk(out, **disk_needed(num_parameters(model)))
     model.to(where)
+    model.activation_checkpointing = activation_checkpointing
     optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(where.type, enabled=number == torch.float16)
     if resumed:
@@ -417,6 +482,7 @@ def main() -> None:
     pays = where.type == "cuda" or flops_per_step * max_iters >= CPU_COMPILE_FLOPS
     if compile.lower() == "true" or (compile.lower() == "auto" and not why_not and pays):
         t0 = time.perf_counter()
+        runtime.keep_less()
         model.compile()
         try:
             in_memory(first_step)

@@ -16,11 +16,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sampling import stream
 
 INIT_STD = 0.02  # GPT-2's; the two projections into the residual stream get less, see GPT.__init__
 IGNORE_INDEX = -1  # a target that does not count, as in nanoGPT
+LOSS_CHUNK = 2**20  # float32 logits at a time in the uncompiled loss on a CPU, to stay in its cache
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,37 @@ class Block(nn.Module):
         return x
 
 
+class CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy that keeps the logits for backward, and no float32 copy of them.
+
+    F.cross_entropy keeps their log-probabilities in float32 and makes a gradient in float32. Here
+    both exist for some rows at a time, which on a CPU is faster, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """logits (N, V), targets (N,) int64 -> () float32, in nats per target that counts."""
+        counts, targets = targets != IGNORE_INDEX, targets.clamp(min=0)
+        ctx.rows = max(1, LOSS_CHUNK * (1 if logits.is_cpu else 64) // logits.size(1))
+        starts = range(0, len(logits), ctx.rows)
+        lse = torch.cat([logits[i : i + ctx.rows].float().logsumexp(1) for i in starts])
+        ctx.save_for_backward(logits, targets, counts, lse)
+        losses = lse - logits.gather(1, targets[:, None])[:, 0]
+        return (losses * counts).sum() / counts.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Softmax less 1 at the target, times what the loss is worth."""
+        logits, targets, counts, lse = ctx.saved_tensors
+        share = (counts * (grad / counts.sum()))[:, None]
+        found = torch.empty_like(logits)
+        for i in range(0, len(logits), ctx.rows):
+            rows = slice(i, i + ctx.rows)
+            part = (logits[rows].float() - lse[rows, None]).exp_().mul_(share[rows])
+            found[rows] = part.scatter_add_(1, targets[rows, None], -share[rows])
+        return found, None
+
+
 class GPT(nn.Module):
     """Embedding, layers, final norm and head, whose weight is the embedding's unless untied."""
 
@@ -246,6 +279,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # True: backward computes each block anew
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -270,8 +304,8 @@ class GPT(nn.Module):
         """Logits, and the loss when there are targets.
 
         idx (B, T) int64. targets (B, T) int64, IGNORE_INDEX where nothing is to be predicted.
-        With targets: logits (B, T, V) and the mean cross-entropy in nats per token. Without:
-        logits (B, 1, V) of the last position only, and None.
+        With targets: logits (B, T, V), from which no gradient flows, and the mean cross-entropy in
+        nats per token. Without: logits (B, 1, V) of the last position only, and None.
         Raises ValueError when T exceeds max_position_embeddings.
         """
         T, context = idx.size(1), self.config.max_position_embeddings
@@ -279,15 +313,26 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit in a context of {context}")
         x = F.dropout(self.embed_tokens(idx), self.config.dropout, self.training)
         for block in self.layers:
-            x = block(x, self.cos[:T], self.sin[:T])
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(
+                    *(block, x, self.cos[:T], self.sin[:T]),
+                    use_reentrant=False,
+                    preserve_rng_state=self.config.dropout > 0,  # drop the same values again
+                )
+            else:
+                x = block(x, self.cos[:T], self.sin[:T])
         if targets is None:
             logits: Tensor = self.lm_head(self.norm(x[:, -1:]))
             return logits, None
         logits = self.lm_head(self.norm(x))
-        loss = F.cross_entropy(
-            logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=IGNORE_INDEX
-        )
-        return logits, loss
+        rows, wanted = logits.view(-1, logits.size(-1)), targets.reshape(-1)
+        loss: Tensor
+        if torch.compiler.is_compiling():  # which makes one pass of it
+            loss = F.cross_entropy(rows.float(), wanted, ignore_index=IGNORE_INDEX)
+        else:
+            loss = CrossEntropy.apply(rows, wanted)  # type: ignore[no-untyped-call]
+        # Logits with a gradient would have a compiled backward read zeros of their size.
+        return logits.detach(), loss
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` positions for `batch` rows, in the type attention runs in."""

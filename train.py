@@ -93,6 +93,10 @@ device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: type of matrix products, by autocast
 parallel = "ddp"  # under torchrun: ddp (whole models), fsdp (sharded), hsdp (sharded per machine)
 compile = "auto"  # auto, True, False: torch.compile
+activation_checkpointing = False  # compute each block twice: less memory, a third more operations
+# a plan instead of a run
+dry_run = False  # print what the run will take; device may then be a card's name, as RTX3090
+world_size = 1  # cards to plan for
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent
@@ -129,7 +133,7 @@ def check_settings() -> None:
     least = {"batch_size": 1, "tokens_per_step": 1, "max_iters": 0, "eval_interval": 1}
     least |= {"eval_iters": 1, "log_interval": 1, "keep_last": 1, "warmup_iters": 0}
     least |= {"checkpoint_interval": 0, "milestone_interval": 0, "skip_spike": 0, "time_limit": 0}
-    least |= {"watchdog_minutes": 0}
+    least |= {"watchdog_minutes": 0, "world_size": 1}
     least |= {"lr_decay_iters": 0, "max_skipped": 1, "grad_clip": 0, "weight_decay": 0, "min_lr": 0}
     problems = [
         f"{name} must be at least {low}, not {globals()[name]}"
@@ -273,6 +277,13 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
 
 
+def starts_from(out: Path) -> str:
+    """What init_from comes to: auto is resume where there is a run, else scratch."""
+    if init_from != "auto":
+        return init_from
+    return "resume" if any(out.glob("*.pt")) else "scratch"
+
+
 def claim_folder(out: Path, source: str) -> None:
     """Lock the run's folder. Raises ValueError when a run that it holds would be replaced."""
     out.mkdir(parents=True, exist_ok=True)
@@ -304,7 +315,74 @@ def tidy_folder(out: Path, metrics: Path, resumed_at: int | None) -> None:
             os.replace(newer, newer.with_name(newer.name + ".damaged"))
 
 
+def disk_needed(parameters: int) -> dict[str, int]:
+    """Of a run: bytes of a checkpoint, number of them, bytes of the log."""
+    milestones = max_iters // milestone_interval if milestone_interval else 0
+    return {  # weights and two moments in float32; a record has 300 bytes
+        "size": 12 * parameters,
+        "count": keep_last + milestones + 2,
+        "log": 300 * (max_iters // log_interval + max_iters // eval_interval),
+    }
+
+
+def plan() -> None:
+    """Print what the run would take, and write nothing.
+
+    Raises ValueError with the smallest change that fits when it does not fit.
+    """
+    import planner  # of no use to a run
+
+    config = settings_of(globals())
+    check_settings()
+    card = planner.find_card(device)
+    where = torch.device("cuda") if card else runtime.select_device(device)
+    if card and dtype == "auto":
+        number, why = card.half, "the card computes in it"
+    else:
+        number, why = runtime.select_dtype(dtype, where)
+    folder = Path(dataset) if os.sep in dataset or "/" in dataset else ROOT / "data" / dataset
+    size = GPTConfig(
+        **{f.name: config[f.name] for f in fields(GPTConfig) if f.name != "vocab_size"},
+        vocab_size=vocab_size or -(-int(read_meta(folder)["vocab_size"]) // 64) * 64,
+    )
+    source = starts_from(Path(out_dir))
+    if source != "scratch":
+        path, start, _ = pretrained.read(source, out_dir)
+        size = checkpoint.model_config(start, path)
+        if source != "resume":
+            least = min(size.max_position_embeddings, max_position_embeddings)
+            size = replace(size, max_position_embeddings=least)
+        size = replace(size, dropout=dropout)
+        del start
+    context = size.max_position_embeddings
+    micro_steps = accumulation(tokens_per_step, batch_size, context, 1)
+    with torch.device("meta"):
+        empty = GPT(size)
+    flops = flops_per_token(empty) * tokens_per_step * max_iters
+    pays = where.type == "cuda" or flops >= CPU_COMPILE_FLOPS
+    can = card is not None or not runtime.why_not_compile(where)
+    compiled = compile.lower() == "true" or (compile.lower() == "auto" and can and pays)
+    training = planner.Training(
+        size, number, where.type, compiled, activation_checkpointing, accumulates=micro_steps > 1
+    )
+    name = f"{card.name}, not here" if card else runtime.describe(where)
+    say(
+        f"model    {num_parameters(empty):,} parameters, context {context}, vocab {size.vocab_size}"
+    )
+    say(planner.data_line(folder, training, tokens_per_step, max_iters))
+    say(f"machine  {name}; {number} ({why})".replace("torch.", ""))
+    there, disk = planner.existing(Path(out_dir)), disk_needed(num_parameters(empty))
+    say(planner.disk_line(there, **disk))
+    for line in planner.plan(
+        training, where, card, batch_size, tokens_per_step, max_iters, world_size
+    ):
+        say(line)
+    checkpoint.check_disk(there, **disk)
+
+
 def main() -> None:
+    if dry_run:
+        return plan()
     # --- settings, device, folders: everything that can be wrong is found before any work
     started = time.monotonic()
     stop = runtime.Stop()
@@ -326,9 +404,7 @@ def main() -> None:
         vocab_size=vocab_size or -(-int(meta["vocab_size"]) // 64) * 64,
     )
     out = Path(out_dir)
-    source = init_from
-    if init_from == "auto":
-        source = "resume" if any(out.glob("*.pt")) else "scratch"
+    source = starts_from(out)
     if rank == 0:
         claim_folder(out, source)
 
@@ -378,15 +454,10 @@ def main() -> None:
     torch.manual_seed(seed)
     with contextlib.nullcontext() if rank == 0 else checkpoint.SkipInit():  # rank 0's go to all
         model = checkpoint.build(size, start, path) if start else GPT(size)
-    milestones = max_iters // milestone_interval if milestone_interval else 0
     if rank == 0:
-        checkpoint.check_disk(  # weights and two moments in float32; a record has 300 bytes
-            out,
-            size=12 * num_parameters(model),
-            count=keep_last + milestones + 2,
-            log=300 * (max_iters // log_interval + max_iters // eval_interval),
-        )
+        checkpoint.check_disk(out, **disk_needed(num_parameters(model)))
     flops_per_step = flops_per_token(model) * tokens_per_step
+    model.activation_checkpointing = activation_checkpointing
     net: torch.nn.Module = model
     if sharded:
         distributed.shard(model, model.layers, team, where, number, parallel == "hsdp")
@@ -510,6 +581,7 @@ def main() -> None:
     pays = where.type == "cuda" or flops_per_step * max_iters >= CPU_COMPILE_FLOPS
     if compile.lower() == "true" or (compile.lower() == "auto" and not why_not and pays):
         t0 = time.perf_counter()
+        runtime.keep_less()
         compiled = list(model.layers) if sharded else [model]
         for part in compiled:
             part.compile()

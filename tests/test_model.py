@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import model as model_file
 from model import (
     GPT,
     IGNORE_INDEX,
+    CrossEntropy,
     GPTConfig,
     apply_rope,
     configure_optimizer,
@@ -374,3 +376,64 @@ def test_an_empty_prompt_is_refused():
     m = model()
     with pytest.raises(ValueError, match="0 tokens"):
         m.generate(torch.zeros(1, 0, dtype=torch.int64), 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 131 * 7, 2**22])
+def test_the_uncompiled_loss_is_the_plain_one(monkeypatch, chunk, dtype):
+    """Value and gradient, whatever the number of rows at a time, with targets that do not count."""
+    monkeypatch.setattr(model_file, "LOSS_CHUNK", chunk)
+    logits = (5 * torch.randn(40, 131)).to(dtype).requires_grad_()
+    targets = torch.randint(0, 131, (40,))
+    targets[::3] = IGNORE_INDEX
+    plain = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX)
+    ours = CrossEntropy.apply(logits, targets)
+    assert ours.dtype == torch.float32 and ours.item() == pytest.approx(plain.item(), rel=1e-6)
+    expected, found = (torch.autograd.grad(3 * loss, logits)[0] for loss in (plain, ours))
+    one_bit = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
+    torch.testing.assert_close(found, expected, rtol=one_bit, atol=1e-8)
+
+
+def saved_bytes(m, idx):
+    """Bytes that autograd keeps between forward and backward, weights aside."""
+    kept = {}
+    weights = {p.untyped_storage().data_ptr() for p in m.parameters()}
+
+    def note(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = m(idx, idx)[1]
+    return sum(kept.values()), loss
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_activation_checkpointing_keeps_less_and_computes_the_same(dropout):
+    """Losses and gradients equal to the bit, dropout included; most of what blocks keep is gone."""
+    m, idx = model(dropout=dropout).train(), torch.randint(0, 131, (4, 32))
+    bytes_kept, losses, gradients = [], [], []
+    for m.activation_checkpointing in (False, True):
+        torch.manual_seed(1)
+        m.zero_grad()
+        kept, loss = saved_bytes(m, idx)
+        loss.backward()
+        bytes_kept.append(kept)
+        losses.append(loss.item())
+        gradients.append([p.grad.clone() for p in m.parameters()])
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert bytes_kept[1] < 0.4 * bytes_kept[0], bytes_kept
+
+
+def test_activation_checkpointing_in_a_compiled_graph():
+    """It stays one graph, whose losses are the plain model's."""
+    m, idx = model().train(), torch.randint(0, 131, (4, 32))
+    plain = m(idx, idx)[1]
+    m.activation_checkpointing = True
+    compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
+    loss = compiled(idx, idx)[1]
+    loss.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert all(p.grad is not None for p in m.parameters())

@@ -26,9 +26,11 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
     "gguf_writer": {"hf", "model"},
     "pretrained": {"checkpoint", "hf", "model", "tokenizer"},
     "scoring": {"model", "tokenizer"},
+    "memory": {"model", "runtime"},
+    "planner": {"dataloader", "memory", "model", "runtime"},
     "train": {
-        *("checkpoint", "configurator", "dataloader", "distributed", "model", "pretrained"),
-        *("runlog", "runtime", "tokenizer"),
+        *("checkpoint", "configurator", "dataloader", "distributed", "model", "planner"),
+        *("pretrained", "runlog", "runtime", "tokenizer"),
     },
     "sample": {
         *("configurator", "model", "pretrained", "quantization", "runtime", "sampling"),

@@ -1,0 +1,383 @@
+"""What a run will take, before it starts: memory, time, disk, and what more cards would do.
+
+Everything is computed but the time of a few steps, where the device is there and they are short.
+The lines say which is which.
+"""
+
+import contextlib
+import datetime
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import memory
+import runtime
+from dataloader import TokenData, TrainOrder
+from memory import Training
+from model import GPT, configure_optimizer, flops_per_token, num_parameters
+
+GIB = 2**30
+# Memory that is not in the graph, assumed and not measured. On a GPU: CUDA's context and kernels
+# (0.3 to 0.5 GiB), buffers inside kernels, the allocator's gaps. On a CPU: Python and torch.
+RESERVE = {"cuda": 1.0 * GIB, "mps": 1.0 * GIB, "cpu": 0.5 * GIB}
+CARD_SIZES = (24, 16, 12, 8)  # GiB, of consumer cards
+# Share of its peak that a card reaches in training. One is reported: 22.7k tokens/s of the
+# reference run on an RTX 3090, 2.12 GFLOP each, are 0.68 of 71 TFLOP/s. The other is a guess.
+REFERENCE_MFU, ASSUMED_MFU = {"RTX 3090": 0.68}, 0.5
+CPU_FLOPS = 1e11  # FLOP/s, the order of a few cores
+TIMING_S = 120.0  # steps are timed only when they are expected to take less
+NODE = 8  # cards in one machine
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU that can be planned for without being there.
+
+    Links are bytes/s of a ring all-reduce, each way, and assumed: PCIe 4.0 x16 (12e9 of its 25e9,
+    without peer access) and 100 Gbit/s between machines, or NVLink and 8 InfiniBand ports.
+    """
+
+    name: str  # as in runtime.PEAK_TFLOPS, and a memory size where there are several
+    memory: int  # GiB
+    link: float = 12e9  # to the next card of the machine
+    network: float = 12.5e9  # between machines
+    half: torch.dtype = torch.bfloat16
+
+    @property
+    def peak(self) -> float:
+        """Dense 16-bit FLOP/s."""
+        return runtime.PEAK_TFLOPS[runtime.short_name(self.name)] * 1e12
+
+    @property
+    def mfu(self) -> float:
+        """The share of the peak that training is assumed to reach."""
+        return REFERENCE_MFU.get(self.name, ASSUMED_MFU)
+
+
+CARDS = (
+    *(Card("RTX 3060", 12), Card("RTX 3070", 8), Card("RTX 3080", 10), Card("RTX 3090", 24)),
+    *(Card("RTX 3090 Ti", 24), Card("RTX 4060", 8), Card("RTX 4060 Ti", 16), Card("RTX 4070", 12)),
+    *(Card("RTX 4080", 16), Card("RTX 4090", 24), Card("RTX 5090", 32), Card("RTX A6000", 48)),
+    *(Card("A100 40GB", 40, 230e9, 100e9), Card("A100 80GB", 80, 230e9, 100e9)),
+    *(Card("H100 80GB", 80, 370e9, 200e9), Card("H100 PCIe", 80)),
+    Card("V100 16GB", 16, 100e9, half=torch.float16),
+    Card("V100 32GB", 32, 100e9, half=torch.float16),
+    Card("T4", 16, half=torch.float16),
+)
+
+
+def find_card(name: str) -> Card | None:
+    """The card of a name, blanks, hyphens and case aside: RTX3090, a100-80gb.
+
+    None for auto, cpu, mps, cuda and cuda:N. A name without the memory size means the smallest.
+    Raises ValueError that lists the cards for any other name.
+    """
+
+    def plain(text: str) -> str:
+        return "".join(c for c in text.lower() if c.isalnum())
+
+    if name.partition(":")[0] in ("auto", "cpu", "mps", "cuda"):
+        return None
+    wanted = plain(name.replace("NVIDIA", "").replace("GeForce", ""))
+    found = [c for c in CARDS if plain(c.name) == wanted]
+    found += [c for c in CARDS if plain(runtime.short_name(c.name)) == wanted]
+    if not found:
+        known = ", ".join(c.name.replace(" ", "") for c in CARDS)
+        raise ValueError(f"device={name!r} is no device and no card that is known: {known}")
+    return found[0]
+
+
+# ---------------------------------------------------------------- memory
+
+
+def divisors(n: int) -> list[int]:
+    """In rising order."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def peak(training: Training, batch: int, windows: int) -> float:
+    """Bytes at the peak of a step of so many windows, batch of them at a time."""
+    parts = memory.at_peak(replace(training, accumulates=batch < windows), batch)
+    return sum(parts.values())
+
+
+def largest_batch(training: Training, windows: int, room: float, most: int = 0) -> int:
+    """The largest micro-batch (of at most `most`) that divides a step's windows and fits in `room`.
+
+    0 when none does.
+    """
+    batches = [b for b in divisors(windows) if b <= (most or windows)]
+    return max((b for b in batches if peak(training, b, windows) <= room), default=0)
+
+
+def smallest_change(training: Training, batch: int, windows: int, room: float) -> str:
+    """What to type so that a run fits in `room` bytes; "" when it does as it is.
+
+    In this order: a smaller micro-batch, which changes nothing of the result, activation
+    checkpointing, which costs time, fewer layers, which are another model.
+    """
+    if peak(training, batch, windows) <= room:
+        return ""
+    if found := largest_batch(training, windows, room, batch):
+        return f"--batch_size={found}"
+    training, flags = replace(training, checkpointing=True), "--activation_checkpointing=True"
+    if found := largest_batch(training, windows, room, batch):
+        return f"{flags} --batch_size={found}"
+    for layers in range(training.size.num_hidden_layers - 1, 0, -1):
+        size = replace(training.size, num_hidden_layers=layers)
+        if peak(replace(training, size=size), 1, windows) <= room:
+            return f"{flags} --batch_size=1 --num_hidden_layers={layers}"
+    return "a smaller hidden_size, max_position_embeddings or vocabulary: not even one layer fits"
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that a run on a device of this machine could use; None where nobody tells."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return float(torch.mps.recommended_max_memory())
+    with contextlib.suppress(OSError, StopIteration):  # Linux
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            line = next(line for line in f if line.startswith("MemAvailable"))
+        return float(line.split()[1]) * 1024
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # macOS: all there is
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return None
+
+
+def memory_lines(training: Training, batch: int, room: float | None, where: str) -> Iterator[str]:
+    """The parts of a run's memory as a table, against what there is. room excludes the reserve."""
+    parts = memory.at_peak(training, batch)
+    graph = "compiled" if training.compiled else "eager"
+    saving = " and activation checkpointing" if training.checkpointing else ""
+    yield (
+        f"memory   at the peak of a step with batch_size={batch}{saving}, computed from the "
+        f"{graph} graph:"
+    )
+    for part, nbytes in [*parts.items(), ("sum", sum(parts.values()))]:
+        yield f"  {part:<16}{nbytes / GIB:8.2f} GiB"
+    if room is None:
+        yield f"  free memory of {where}: unknown"
+        return
+    reserve = RESERVE[training.kind]
+    verdict = "fits" if sum(parts.values()) <= room else "DOES NOT FIT"
+    yield (
+        f"  {where}: {(room + reserve) / GIB:.2f} GiB, less {reserve / GIB:.1f} for what is not in "
+        f"the graph (assumed): {verdict}"
+    )
+
+
+def card_lines(training: Training, windows: int) -> Iterator[str]:
+    """Largest micro-batches on consumer cards, computed for the compiled graph in bfloat16."""
+    plain = replace(training, kind="cuda", dtype=torch.bfloat16, compiled=True, checkpointing=False)
+    yield (
+        f"cards    largest batch_size that fits and divides the step's {windows} windows "
+        "(computed, bfloat16, torch.compile):"
+    )
+    yield "  memory    as it is    with activation_checkpointing"
+    for size in CARD_SIZES:
+        room = size * GIB - RESERVE["cuda"]
+        trainings = (plain, replace(plain, checkpointing=True))
+        a, b = (largest_batch(t, windows, room) or "none" for t in trainings)
+        yield f"  {size:>3} GB    {a:>8}    {b:>8}"
+
+
+# ---------------------------------------------------------------- time
+
+
+def timed_step(
+    training: Training, device: torch.device, batch: int, micro_steps: int, repeats: int = 3
+) -> float:
+    """Measured seconds of an update: a few micro-steps (the median) and the optimizer's step."""
+    torch.set_float32_matmul_precision("high")
+    model = GPT(training.size).to(device)
+    model.activation_checkpointing = training.checkpointing
+    optimizer = configure_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
+    shape = (batch, training.size.max_position_embeddings)
+    x = torch.randint(0, training.size.vocab_size, shape, device=device)
+    autocast = runtime.autocast(device, training.dtype)
+    if training.compiled:
+        runtime.keep_less()
+        model.compile()
+
+    def micro() -> None:
+        with autocast:
+            loss = model(x, x)[1]
+        torch.autograd.backward(loss)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    def seconds(work: Callable[[], None]) -> float:
+        t0 = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - t0
+
+    for work in (micro, update):  # the first ones compile and allocate
+        work()
+    return micro_steps * statistics.median(seconds(micro) for _ in range(repeats)) + seconds(update)
+
+
+def time_lines(step_s: float, tokens: int, flops: float, steps: int, how: str) -> Iterator[str]:
+    """Hours, the date on which a run that starts now would end, tokens/s."""
+    end = datetime.datetime.now() + datetime.timedelta(seconds=steps * step_s)
+    yield (
+        f"time     {steps * step_s / 3600:,.1f} hours for {steps:,} updates of {step_s:.3g} s, "
+        f"until {end:%Y-%m-%d %H:%M} if started now"
+    )
+    yield f"  {tokens / step_s:,.0f} tokens/s, {flops / step_s / 1e12:.2f} TFLOP/s: {how}"
+
+
+def ring_seconds(nbytes: float, cards: int, card: Card) -> float:
+    """Time of a ring all-reduce: each card sends and receives 2 (n - 1) / n of the bytes."""
+    slowest = card.link if cards <= NODE else min(card.link, card.network)
+    return 2 * (cards - 1) / cards * nbytes / slowest
+
+
+def fsdp_peak(training: Training, batch: int, windows: int, cards: int) -> float:
+    """Bytes a card at the peak of a step when weights, gradients and moments are sharded (FSDP2).
+
+    Beside its shares a card has the embedding and two layers gathered in 16 bits, and the gradient
+    of the larger in 16 and 32 bits; with several micro-steps, all weights gathered in 16 bits and
+    all gradients in float32 until the last one.
+    """
+    parts = memory.at_peak(replace(training, accumulates=False), batch)
+    with torch.device("meta"):
+        model = GPT(training.size)
+    total, layer = num_parameters(model), num_parameters(model.layers[0])
+    rest = total - training.size.num_hidden_layers * layer
+    gathered = 2 * (rest + 2 * layer) + 6 * max(rest, layer)
+    if batch < windows:
+        gathered = 6 * total
+    used = parts[memory.ACTIVATIONS] + parts[memory.LOGITS] + parts[memory.WORKSPACE]
+    return used + gathered + 16 * total / cards
+
+
+def scaling_lines(
+    training: Training, batch: int, windows: int, step_flops: float, card: Card, world_size: int
+) -> Iterator[str]:
+    """A table of 1 to world_size cards under data parallelism.
+
+    FSDP moves as many bytes as DDP: weights in 16 bits twice, gradients in float32 once.
+    """
+    gradients = memory.states(training.size)[memory.GRADIENTS]
+    yield (
+        f"scaling  computed, not measured; {card.name}, each at {card.mfu:.0%} of "
+        f"{card.peak / 1e12:g} TFLOP/s:"
+    )
+    yield (
+        "  cards  batch_size x micro-steps  DDP GiB  FSDP GiB  compute s   comm. s    tokens/s"
+        "  efficiency"
+    )
+    rounded = False
+    for cards in sorted({*(2**i for i in range(world_size.bit_length())), world_size}):
+        each = max(1, round(windows / cards))
+        micro = max(b for b in divisors(each) if b <= batch)
+        mark = " " if each * cards == windows else "*"
+        rounded = rounded or mark == "*"
+        ddp = peak(training, micro, each) + (gradients if cards > 1 else 0)  # DDP's buckets
+        fsdp = fsdp_peak(training, micro, each, cards)
+        compute = each * step_flops / windows / (card.mfu * card.peak)
+        comm = ring_seconds(gradients, cards, card)
+        tokens = each * cards * training.size.max_position_embeddings / (compute + comm)
+        yield (
+            f"  {cards:>5}{mark} {micro:>10} x {each // micro:<11}  {ddp / GIB:>7.1f}  "
+            f"{fsdp / GIB:>8.1f}  {compute:>9.3f}  {comm:>8.3f}  {tokens:>10,.0f}  "
+            f"{compute / (compute + comm):>10.0%}"
+        )
+    yield (
+        f"  assumed: {card.link / 1e9:g} GB/s between the {NODE} cards of a machine, "
+        f"{card.network / 1e9:g} GB/s between machines, {gradients / 1e9:.2f} GB of float32 "
+        "gradients in one ring all-reduce a step, none of it hidden behind computing"
+    )
+    if rounded:
+        yield (
+            f"  * {windows} windows do not divide by the cards; computed for the nearest "
+            "tokens_per_step that does"
+        )
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def data_line(folder: Path, training: Training, tokens_per_step: int, steps: int) -> str:
+    """How often the run reads the data at hand."""
+    context = training.size.max_position_embeddings
+    try:
+        data = TokenData(folder, "train", context, training.size.vocab_size)
+    except FileNotFoundError as e:
+        return f"data     not there yet, epochs unknown: {e}"
+    epochs = TrainOrder(data.tokens, context, tokens_per_step, 0).epochs(steps)
+    return f"data     {folder}: {data.tokens:,} training tokens, {epochs:.2f} epochs"
+
+
+def existing(folder: Path) -> Path:
+    """The nearest folder above that exists already, or the folder itself."""
+    folder = folder.resolve()
+    return folder if folder.exists() else existing(folder.parent)
+
+
+def disk_line(folder: Path, size: int, count: int, log: int) -> str:
+    """What a run writes at most, as checkpoint.check_disk takes it."""
+    return (
+        f"disk     {count} checkpoints of {size / 1e9:.3g} GB and {log / 1e6:.3g} MB of log at "
+        f"most; {shutil.disk_usage(folder).free / 1e9:.1f} GB free"
+    )
+
+
+def plan(
+    training: Training,
+    device: torch.device,
+    card: Card | None,
+    batch: int,
+    tokens_per_step: int,
+    steps: int,
+    world_size: int,
+) -> Iterator[str]:
+    """Lines on memory, cards, time and scaling; card is planned for instead of device.
+
+    Raises ValueError at the end, with the smallest change that fits, when the run does not fit.
+    """
+    if world_size > 1 and not card:
+        raise ValueError(f"world_size={world_size} needs a card to plan for, as --device=RTX3090")
+    context = training.size.max_position_embeddings
+    windows = tokens_per_step // context
+    micro_steps = windows // batch
+    with torch.device("meta"):
+        flops = flops_per_token(GPT(training.size)) * tokens_per_step
+    yield (
+        f"run      {steps:,} updates of {tokens_per_step:,} tokens ({batch} x {context} x "
+        f"{micro_steps} micro-steps), {steps * tokens_per_step / 1e9:.3g} B tokens, "
+        f"{flops:.3g} FLOP each"
+    )
+    free = card.memory * GIB if card else free_memory(device)
+    room = None if free is None else free - RESERVE[training.kind]
+    yield from memory_lines(training, batch, room, card.name if card else "free memory")
+    yield from card_lines(training, windows)
+    change = smallest_change(training, batch, windows, room) if room is not None else ""
+
+    short = training.kind != "cpu" or 5 * flops / micro_steps / CPU_FLOPS < TIMING_S
+    if card:
+        step_s = flops / (card.mfu * card.peak)
+        source = "as the reference run is reported" if card.name in REFERENCE_MFU else "a guess"
+        how = f"computed from {card.mfu:.0%} of {card.peak / 1e12:g}, {source}; nothing timed"
+    elif short and not change:
+        step_s = timed_step(training, device, batch, micro_steps)
+        how = "measured on a few micro-steps and an update"
+    else:
+        step_s = flops / CPU_FLOPS
+        how = f"computed from a guess; not timed: {'does not fit' if change else 'takes too long'}"
+    yield from time_lines(step_s, tokens_per_step, flops, steps, how)
+    if world_size > 1 and card:
+        yield from scaling_lines(training, batch, windows, flops, card, world_size)
+    if change:
+        raise ValueError(f"the run does not fit in memory; the smallest change that fits: {change}")

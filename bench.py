@@ -14,6 +14,7 @@ decode: greedy text from random weights (--layers=24 --hidden=1024: the referenc
     transformers' cached generate, --peer's models and, where llama-cpp-python is installed,
     llama.cpp: tokens/s, and the weights read in a second against what memory gives.
 load: the batches of the loader against the ways of nanoGPT and EasyGPT.
+ranks: training on two processes, a core each, against one on one core, at the same global batch.
 startup: from typing a command to train.py's first step and to sample.py's first token.
 """
 
@@ -524,6 +525,34 @@ class Decoder:
     batches: bool = True  # takes several prompts at once
 
 
+def bench_ranks(folder: Path) -> None:
+    """Two ranks on two cores against one rank on one core; the same updates of the same tokens."""
+    import numpy as np
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(0, 50000, 100_000).astype("<u2").tofile(
+            folder / f"{split}.bin"
+        )
+    size = dataclasses.asdict(Shape(layers, hidden, batch, context).size)
+    flags = [f"--{name}={value}" for name, value in size.items()]
+    flags += [f"--dataset={folder}", f"--batch_size={batch}", "--compile=False", "--device=cpu"]
+    flags += [f"--tokens_per_step={4 * batch * context}", f"--dtype={dtype}", "--log_interval=1"]
+    flags += ["--max_iters=5", "--warmup_iters=1", "--eval_iters=1", "--overwrite=True"]
+    speeds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(repeats):
+        for ranks, medians in speeds.items():
+            out = folder / f"out{ranks}"
+            start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            run([*start[: 4 * (ranks > 1)], "train.py", *flags, f"--out_dir={out}"], out)
+            lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            found = [r["tokens_per_s"] for r in map(json.loads, lines) if "loss" in r]
+            medians.append(statistics.median(found[1:]))
+            print(f"{ranks} ranks: {medians[-1]:,.0f} tokens/s", flush=True)
+    ratio = statistics.median(b / a for a, b in zip(*speeds.values(), strict=True))
+    print(f"two ranks have {ratio:.2f} times the speed of one (median of {repeats})")
+
+
 def linear_bytes(model: Any) -> int:
     """Bytes of the weights that a token is multiplied by, whatever the layers are called."""
     weights = {id(m.weight): m.weight for m in model.modules() if "Linear" in type(m).__name__}
@@ -851,6 +880,7 @@ def main() -> None:
             "load": bench_load,
             "startup": bench_startup,
             "save": bench_save,
+            "ranks": bench_ranks,
         },
     }
     if what not in benches:

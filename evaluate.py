@@ -46,6 +46,7 @@ import runlog
 import runtime
 from configurator import configure
 from dataloader import TokenData, read_meta, split_files
+from model import choose_attention
 from pretrained import Pretrained
 from scoring import Ids, Question, Score, ask, score, sliding
 from tokenizer import Tokenizer, get_tokenizer
@@ -345,6 +346,7 @@ def main() -> None:
     for problem in found.problems:
         print(f"passed over: {problem}", file=sys.stderr)
     found.model.to(where)
+    choose_attention(found.model, number)
     print(f"{found.path}, {found.tok.name} tokens, {runtime.describe(where)}", file=sys.stderr)
     started = time.perf_counter()
     results = {

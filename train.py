@@ -31,7 +31,15 @@ import runlog
 import runtime
 from configurator import configure, settings_of
 from dataloader import TokenData, TrainLoader, TrainOrder, eval_batches, key_of, read_meta
-from model import GPT, IGNORE_INDEX, GPTConfig, configure_optimizer, flops_per_token, num_parameters
+from model import (
+    GPT,
+    IGNORE_INDEX,
+    GPTConfig,
+    choose_attention,
+    configure_optimizer,
+    flops_per_token,
+    num_parameters,
+)
 from tokenizer import Tokenizer, get_tokenizer
 
 # the run
@@ -408,6 +416,7 @@ def main() -> None:
     model = checkpoint.build(size, start, path) if start else GPT(size)
     checkpoint.check_disk(out, **disk_needed(num_parameters(model)))
     model.to(where)
+    kernel = choose_attention(model, number)
     model.activation_checkpointing = activation_checkpointing
     optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(where.type, enabled=number == torch.float16)
@@ -435,7 +444,8 @@ def main() -> None:
     )
     if not (folder / "meta.json").exists():
         say(f"data     {folder} has no meta.json: taken for GPT-2 tokens in uint16")
-    say(f"machine  {runtime.describe(where)}; {number} ({why})".replace("torch.", ""))
+    line = f"machine  {runtime.describe(where)}; {number} ({why}); {kernel} attention"
+    say(line.replace("torch.", ""))
     if resumed:
         say(f"resumed  {path} at {state.iter_num} updates")
 

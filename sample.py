@@ -39,7 +39,7 @@ seed = 1337  # of the draws
 # machine
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: of the weights and of the computation
-quantize = ""  # int8: weights in 8 bits, the rest in bfloat16, on a CPU; empty = off
+quantize = ""  # int8: weights in 8 bits, on a CPU; the rest is in dtype; empty = off
 compile = False  # compile the step that makes a token: half a minute, from the next start seconds
 
 
@@ -134,13 +134,12 @@ def main() -> None:
     where = runtime.select_device(device)
     if quantize not in ("", "int8") or (quantize and where.type != "cpu"):
         raise ValueError(f"quantize must be int8, on a CPU, or empty, not {quantize!r} on {where}")
-    wanted = "bfloat16" if quantize and dtype == "auto" else dtype
-    number, _ = runtime.select_dtype(wanted, where)
+    number, _ = runtime.select_dtype(dtype, where)
     path, model, tok, _, problems = pretrained.load(init_from, out_dir)
     for problem in problems:
         print(f"passed over: {problem}", file=sys.stderr)
     prepare(model, where, number)
-    kind = quantize or str(number).removeprefix("torch.")
+    kind = f"{quantize + ' and ' if quantize else ''}{number}".replace("torch.", "")
     print(f"{path}, {tok.name} tokens, {kind}, {runtime.describe(where)}", file=sys.stderr)
     if compile:
         print(compiled(model, where, number), file=sys.stderr)

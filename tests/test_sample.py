@@ -75,6 +75,8 @@ def test_a_prompt_from_a_file(script, out, tmp_path):
         ["--temperature=1"],
         ["--min_p=0.1", "--top_p=0.9", "--repetition_penalty=1.2"],
         ["--dtype=bfloat16"],
+        ["--quantize=int8", "--device=cpu"],
+        ["--quantize=int8", "--device=cpu", "--dtype=bfloat16"],
     ],
 )
 def test_settings_that_must_work(script, out, flags):
@@ -95,6 +97,24 @@ def test_interactive_asks_until_an_empty_line(script, out, monkeypatch):
     result = script("sample.py", f"--out_dir={out}", "--interactive", "--max_new_tokens=4")
     assert result.code == 0
     assert "first" in result.out and "second" in result.out and "third" not in result.out
+
+
+@pytest.mark.parametrize("problem", ["", "RuntimeError: no compiler today"])
+def test_compiling_is_told_and_when_it_fails_the_text_comes_all_the_same(
+    script, out, monkeypatch, problem
+):
+    import sampling
+
+    asked = []
+    monkeypatch.setattr(
+        sampling, "compile_decode", lambda model, *rest: asked.append(rest) or problem
+    )
+    monkeypatch.setattr("runtime.why_not_compile", lambda where: "")
+    flags = [f"--out_dir={out}", "--start=ab", "--device=cpu", "--max_new_tokens=5"]
+    result = script("sample.py", *flags, "--compile=True")
+    assert result.code == 0 and result.out == script("sample.py", *flags).out
+    assert len(asked) == 1 and asked[0][0] == 6
+    assert (problem or "compiled in") in result.err
 
 
 def test_a_checkpoint_by_its_path(script, out):
@@ -126,6 +146,7 @@ def test_a_checkpoint_that_names_no_tokenizer_is_gpt2s_or_refused(script, tmp_pa
         (["--top_p=0"], ["top_p"], 1),
         (["--num_samples=0"], ["num_samples"], 1),
         (["--device=cuda:7"], ["cuda:7"], 1),
+        (["--quantize=int4", "--device=cpu"], ["quantize", "int4", "int8"], 1),
         (["--start=FILE:nowhere.txt"], ["nowhere.txt"], 1),
         (["--out_dir=nowhere"], ["no checkpoint in nowhere", "train.py"], 1),
         (["--init_from=nowhere.pt"], ["nowhere.pt"], 1),

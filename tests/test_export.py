@@ -466,8 +466,10 @@ REFUSED = [
     ({"num_hidden_layers": 10**9}, "tensors"),
     ({"vocab_size": 2**39, "hidden_size": 2**39}, ""),
     ({"max_position_embeddings": 10**9}, "1048576"),
+    ({"max_position_embeddings": 2**20, "head_dim": 2**17}, "head_dim 131072"),  # 1 TB of tables
     ({"rope_parameters": [1]}, "rope_parameters"),
     ({"rope_parameters": None, "rope_theta": float("nan")}, "rope_theta"),
+    ({"rope_parameters": None, "rope_theta": 1e-300}, "rope_theta"),  # logits would be NaN
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
     ({"head_dim": 7}, "head_dim must be even"),
     ({"head_dim": 16}, "q_proj"),
@@ -569,7 +571,11 @@ def test_damaged_and_hostile_files_get_one_line(script, bad, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["../good/a.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors", 5]
+    "name",
+    [
+        *("../good/a.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors", 5),
+        "a" * 5000 + ".safetensors",
+    ],
 )
 def test_no_name_leads_out_of_the_folder(script, bad, name):
     outside = bad.parent / "good"

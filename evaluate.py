@@ -44,7 +44,7 @@ from configurator import configure
 from dataloader import TokenData, read_meta, split_files
 from pretrained import Pretrained
 from scoring import Ids, Question, Score, ask, score, sliding
-from tokenizer import Tokenizer, get_tokenizer
+from tokenizer import Tokenizer, get_tokenizer, well_formed
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is measured
@@ -183,7 +183,7 @@ def run_hellaswag(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
         lengths = {
             "acc": [1] * len(sums),
             "acc_norm": [len(e) for e in endings],
-            "acc_bytes": [len(e.encode()) for e in endings],
+            "acc_bytes": [len(well_formed(e).encode()) for e in endings],
         }
         hits = {name: best(sums, by) == gold for name, by in lengths.items()}
         records.append({"label": gold, "loglikelihoods": sums, **hits})

@@ -424,6 +424,12 @@ def test_the_safetensors_file_of_a_folder_may_be_named(script, tmp_path):
         assert result.code == 1 and words in result.err and len(result.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["sample.py", "export.py", "train.py"])
+def test_a_folder_without_the_prefix_is_told_of_it(script, good_folder, tmp_path, name):
+    result = script(name, f"--init_from={good_folder}", f"--out_dir={tmp_path / 'out'}")
+    assert result.code == 1 and f"write hf:{good_folder}" in result.err.splitlines()[-1]
+
+
 def test_an_older_config_with_fields_left_out(tmp_path):
     """As transformers 4 wrote it, and before it had head_dim, num_key_value_heads or biases."""
     other = llama_folder(tmp_path, num_key_value_heads=6, rope_theta=7000.0)
@@ -937,6 +943,16 @@ def test_a_folder_with_other_files_is_not_written_into(script, tmp_path):
     result = script("export.py", f"--out_dir={tmp_path / 'out'}", f"--output={tmp_path}")
     assert result.code == 1 and "other files" in result.err
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_folder_that_an_interrupted_export_left_is_completed(export, tmp_path):
+    save(tmp_path / "out", SIZE)
+    folder = tmp_path / "out" / "hf"
+    folder.mkdir()
+    (folder / "model.safetensors.tmp").write_bytes(b"half")
+    (folder / "config.json").write_bytes(b"{}")
+    assert theirs(export()).config.vocab_size == 257
+    assert not (folder / "model.safetensors.tmp").exists()
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf"])

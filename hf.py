@@ -329,17 +329,29 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             f"{folder} has no tokenizer.json; make one with transformers: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    spec = read_json(path)
-    tok = get_tokenizer(path.name, folder)
-    for name, size in (("bytes", 257), ("gpt2", 50257)):
-        if tok.vocab_size == size:
-            try:
-                known = get_tokenizer(name)
-                if byte_level_bpe(json.loads(tokenizer_json(known))) == byte_level_bpe(spec):
-                    return known
-            except OSError:  # GPT-2's vocabulary is not at hand: the folder's serves
-                pass
-    return tok
+    read_json(path)  # not too large, and an object
+    return known(get_tokenizer(path.name, folder))
+
+
+def known(tok: Tokenizer) -> Tokenizer:
+    """Our GPT-2 or bytes for a tokenizer.json that gives the same ids; others as they are."""
+    name = {257: "bytes", 50257: "gpt2"}.get(tok.vocab_size)
+    if name is None or tok.json_text is None:
+        return tok
+    try:
+        ours = get_tokenizer(name)
+    except OSError:  # GPT-2's vocabulary is not at hand: the file's serves
+        return tok
+    same = byte_level_bpe(json.loads(tokenizer_json(ours))) == byte_level_bpe(
+        json.loads(tok.json_text)
+    )
+    return ours if same else tok
+
+
+def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers are one, be it once by name and once as a tokenizer.json."""
+    a, b = known(a), known(b)
+    return (a.name, a.json_text) == (b.name, b.json_text)
 
 
 class ByteLevelBPE(NamedTuple):

@@ -689,6 +689,26 @@ def test_fine_tuning_an_imported_model(script, export, tiny, tmp_path, dataset):
     assert script("train.py", *more).code == 0, "and it can be resumed"
 
 
+@pytest.mark.parametrize("kind", ["bytes", "gpt2"])
+def test_the_commands_of_the_readme(script, export, tiny, tmp_path, kind):
+    """Text prepared with the folder's own tokenizer.json, which the import knows by name."""
+    size = dataclasses.replace(SIZE, vocab_size={"bytes": 320, "gpt2": 50304}[kind])
+    size = dataclasses.replace(size, max_position_embeddings=128)
+    save(tmp_path / "out", size, {"name": kind, "json": None})
+    base, mine = export(), tmp_path / "mine"
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 2000, encoding="utf-8")
+    flags = [f"--source={tmp_path / 'text.txt'}", f"--dataset={mine}", "--num_proc=1"]
+    result = script("data/prepare.py", *flags, f"--tokenizer={base / 'tokenizer.json'}")
+    assert result.code == 0, result.err
+    flags = [*tiny, f"--dataset={mine}", f"--init_from=hf:{base}", f"--out_dir={tmp_path / 'b'}"]
+    flags += ["--max_iters=2", "--warmup_iters=1", "--eval_iters=1", "--batch_size=1"]
+    result = script("train.py", *flags)
+    assert result.code == 0, result.err
+    flags = [f"--init_from=hf:{base}", f"--dataset={mine}"]
+    result = script("evaluate.py", *flags)
+    assert result.code == 0, result.err
+
+
 def test_a_text_in_other_tokens_than_the_imported_models_is_refused(
     script, export, tiny, tmp_path, own_bpe
 ):

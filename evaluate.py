@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import hf
 import pretrained
 import runlog
 import runtime
@@ -134,7 +133,7 @@ def run_val(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
     if "parts" not in meta:
         split_files(folder, "val")  # raises when there is none
     theirs = get_tokenizer(meta["tokenizer"], folder)
-    if not hf.same_ids(theirs, found.tok):
+    if not pretrained.same_ids(theirs, found.tok):
         raise ValueError(
             f"{found.path} has the tokenizer {found.tok.name!r}, but {folder} is in "
             f"{theirs.name!r} or another version of it; choose another --dataset"

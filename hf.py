@@ -348,12 +348,6 @@ def known(tok: Tokenizer) -> Tokenizer:
     return ours if same else tok
 
 
-def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers are one, be it once by name and once as a tokenizer.json."""
-    a, b = known(a), known(b)
-    return (a.name, a.json_text) == (b.name, b.json_text)
-
-
 class ByteLevelBPE(NamedTuple):
     """What decides the ids that a tokenizer of GPT-2's kind gives."""
 

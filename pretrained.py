@@ -57,3 +57,9 @@ def load(init_from: str, out_dir: str) -> Pretrained:
         )
     rest = {k: v for k, v in state.items() if k != "model"}
     return Pretrained(path, model, tok, rest, problems)
+
+
+def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers are one, be it once by name and once as a tokenizer.json."""
+    a, b = hf.known(a), hf.known(b)
+    return (a.name, a.json_text) == (b.name, b.json_text)

@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-import hf
 import pretrained
 import runlog
 import runtime
@@ -226,7 +225,7 @@ def mean_loss(
 def check_same_tokenizer(saved: dict[str, Any], tok: Tokenizer, path: Path) -> None:
     """Raises ValueError when a checkpoint was trained with other tokens than the dataset has."""
     theirs = saved.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files name none
-    if not hf.same_ids(get_tokenizer(theirs["name"], json_text=theirs["json"]), tok):
+    if not pretrained.same_ids(get_tokenizer(theirs["name"], json_text=theirs["json"]), tok):
         raise ValueError(
             f"{path} was trained with the tokenizer {theirs['name']!r}, but the dataset is in "
             f"{tok.name!r} or another version of it; prepare the text with the checkpoint's "

@@ -237,7 +237,7 @@ def mean_loss(
 def check_same_tokenizer(saved: dict[str, Any], tok: Tokenizer, path: Path) -> None:
     """Raises ValueError when a checkpoint was trained with other tokens than the dataset has."""
     theirs = saved.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files name none
-    if (theirs["name"], theirs["json"]) != (tok.name, tok.json_text):
+    if not pretrained.same_ids(get_tokenizer(theirs["name"], json_text=theirs["json"]), tok):
         raise ValueError(
             f"{path} was trained with the tokenizer {theirs['name']!r}, but the dataset is in "
             f"{tok.name!r} or another version of it; prepare the text with the checkpoint's "

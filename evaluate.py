@@ -46,9 +46,10 @@ import runlog
 import runtime
 from configurator import configure
 from dataloader import TokenData, read_meta, split_files
+from model import choose_attention
 from pretrained import Pretrained
 from scoring import Ids, Question, Score, ask, score, sliding
-from tokenizer import Tokenizer, get_tokenizer
+from tokenizer import Tokenizer, get_tokenizer, well_formed
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is measured
@@ -137,7 +138,7 @@ def run_val(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
     if "parts" not in meta:
         split_files(folder, "val")  # raises when there is none
     theirs = get_tokenizer(meta["tokenizer"], folder)
-    if (theirs.name, theirs.json_text) != (found.tok.name, found.tok.json_text):
+    if not pretrained.same_ids(theirs, found.tok):
         raise ValueError(
             f"{found.path} has the tokenizer {found.tok.name!r}, but {folder} is in "
             f"{theirs.name!r} or another version of it; choose another --dataset"
@@ -187,7 +188,7 @@ def run_hellaswag(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
         lengths = {
             "acc": [1] * len(sums),
             "acc_norm": [len(e) for e in endings],
-            "acc_bytes": [len(e.encode()) for e in endings],
+            "acc_bytes": [len(well_formed(e).encode()) for e in endings],
         }
         hits = {name: best(sums, by) == gold for name, by in lengths.items()}
         records.append({"label": gold, "loglikelihoods": sums, **hits})
@@ -345,6 +346,7 @@ def main() -> None:
     for problem in found.problems:
         print(f"passed over: {problem}", file=sys.stderr)
     found.model.to(where)
+    choose_attention(found.model, number)
     print(f"{found.path}, {found.tok.name} tokens, {runtime.describe(where)}", file=sys.stderr)
     started = time.perf_counter()
     results = {

@@ -64,9 +64,6 @@ def to_hf(
     folder: Path, weights: dict[str, Tensor], config: GPTConfig, tok: Tokenizer, card: str
 ) -> list[str]:
     """Write the folder; the names of its files. A folder that holds other things is refused."""
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    if names and not {"config.json", "model.safetensors", "tokenizer.json"} <= set(names):
-        raise ValueError(f"{folder} holds other files; choose another --output, new or empty")
     settings = hf.config_json(config, DTYPES[dtype], tok.eot)
     text = hf.tokenizer_json(tok)
     context = config.max_position_embeddings
@@ -77,6 +74,11 @@ def to_hf(
         },
         "tokenizer_config.json": hf.tokenizer_config(tok, json.loads(text), context),
     }
+    model = {"config.json", "model.safetensors", "tokenizer.json"}
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    interrupted = {name.removesuffix(".tmp") for name in names} <= {*model, *files}
+    if not interrupted and not model <= names:
+        raise ValueError(f"{folder} holds other files; choose another --output, new or empty")
     folder.mkdir(parents=True, exist_ok=True)
     hf.write_weights(folder / "model.safetensors", weights, DTYPES[dtype])
     for name, value in files.items():

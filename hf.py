@@ -25,7 +25,8 @@ from tokenizer import Tokenizer, byte_characters, get_tokenizer, gpt2_ranks
 PREFIX = "hf:"  # of a folder's path or a Hub name among the values of init_from
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # by model_type
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
-MAX_CONTEXT = 2**20  # tokens; the tables of positions are that long
+MAX_CONTEXT = 2**20  # tokens; the tables of positions are that long,
+MAX_TABLE = 2**27  # numbers in one: a million tokens with heads of 128
 MAX_JSON = 2**27  # bytes; the largest tokenizer.json that people use has 35 MB
 SHORT = reprlib.Repr()  # for values in messages
 SHORT.maxstring = 80
@@ -99,7 +100,8 @@ def model_config(raw: dict[str, Any], where: str) -> GPTConfig:
         value = source.get(name)
         value = default if value is None else value
         kinds = (int, float) if name in ("rms_norm_eps", "rope_theta") else int
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**40:
+        low = 1 if name == "rope_theta" else 0  # below, the angles overflow
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low < value < 2**40:
             problems.append(f"{name} {SHORT.repr(value)}")
             return 1
         return value
@@ -131,6 +133,8 @@ def model_config(raw: dict[str, Any], where: str) -> GPTConfig:
     }
     if values["max_position_embeddings"] > MAX_CONTEXT:
         problems.append(f"context of {values['max_position_embeddings']}, above {MAX_CONTEXT}")
+    elif values["max_position_embeddings"] * values["head_dim"] > MAX_TABLE:
+        problems.append(f"head_dim {values['head_dim']} with so long a context")
     if not problems:
         try:
             return GPTConfig(**values)
@@ -269,7 +273,7 @@ def weight_files(folder: Path) -> list[Path]:
         )
     table = read_json(index).get("weight_map")
     names = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
-    bad = [n for n in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", n)]
+    bad = [n for n in names if not re.fullmatch(r"[\w-][\w.-]{,99}\.safetensors", n)]
     if bad or not names:
         raise ValueError(f"{index} names {SHORT.repr(bad[0]) if bad else 'no files'}: not read")
     for name in names:
@@ -325,17 +329,23 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             f"{folder} has no tokenizer.json; make one with transformers: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    spec = read_json(path)
-    tok = get_tokenizer(path.name, folder)
-    for name, size in (("bytes", 257), ("gpt2", 50257)):
-        if tok.vocab_size == size:
-            try:
-                known = get_tokenizer(name)
-                if byte_level_bpe(json.loads(tokenizer_json(known))) == byte_level_bpe(spec):
-                    return known
-            except OSError:  # GPT-2's vocabulary is not at hand: the folder's serves
-                pass
-    return tok
+    read_json(path)  # not too large, and an object
+    return known(get_tokenizer(path.name, folder))
+
+
+def known(tok: Tokenizer) -> Tokenizer:
+    """Our GPT-2 or bytes for a tokenizer.json that gives the same ids; others as they are."""
+    name = {257: "bytes", 50257: "gpt2"}.get(tok.vocab_size)
+    if name is None or tok.json_text is None:
+        return tok
+    try:
+        ours = get_tokenizer(name)
+    except OSError:  # GPT-2's vocabulary is not at hand: the file's serves
+        return tok
+    same = byte_level_bpe(json.loads(tokenizer_json(ours))) == byte_level_bpe(
+        json.loads(tok.json_text)
+    )
+    return ours if same else tok
 
 
 class ByteLevelBPE(NamedTuple):

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from sampling import stream
@@ -139,6 +140,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.dropout = config.dropout
+        self.grouped = True  # False: key heads are copied for their queries, see choose_attention
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         bias = config.attention_bias
@@ -182,6 +184,9 @@ class Attention(nn.Module):
                 # The query heads that share a key head, as if they were several positions of it:
                 # every fast kernel takes that, while few take grouped heads with a mask.
                 q = q.view(B, k.size(1), -1, self.head_dim)  # (B, nkv, nh / nkv, hd)
+        if not self.grouped:
+            copies = q.size(1) // k.size(1)
+            k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -399,6 +404,29 @@ class GPT(nn.Module):
         """
         tokens = stream(self, idx, max_new_tokens, temperature, top_k, **settings)
         return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
+
+
+def choose_attention(model: GPT, dtype: torch.dtype) -> str:
+    """Take torch's fastest attention for the model's device and a type; the name of its kernel.
+
+    Few kernels take fewer key heads than query heads: none on CUDA in float32 or on cards before
+    Ampere. Rather than fall to plain matrix products there ("math"), key heads are copied.
+    """
+    c, device = model.config, model.embed_tokens.weight.device
+    heads = {True: c.num_key_value_heads, False: c.num_attention_heads}
+    found = {}
+    for grouped, n in heads.items():
+        q, k = (
+            torch.empty(1, h, 16, c.head_dim, dtype=dtype, device=device, requires_grad=True)
+            for h in (c.num_attention_heads, n)
+        )
+        choice = torch._fused_sdp_choice(q, k, k, None, c.dropout, True, enable_gqa=grouped)
+        found[grouped] = SDPBackend(choice)
+    grouped = found[True] != SDPBackend.MATH or found[False] == SDPBackend.MATH
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.grouped = grouped
+    return found[grouped].name.lower().removesuffix("_attention").replace("_", " ")
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -35,6 +35,8 @@ def read(init_from: str, out_dir: str) -> tuple[Path, dict[str, Any], list[str]]
         init_from = f"{hf.PREFIX}{path.parent}"
     if init_from.startswith(hf.PREFIX):
         return *hf.load(init_from), []
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; write hf:{path} if it is a model of Hugging Face's")
     return path, checkpoint.load(path), []
 
 
@@ -44,6 +46,7 @@ def load(init_from: str, out_dir: str) -> Pretrained:
     Raises ValueError or OSError, too, when the tokenizer has ids that the model lacks.
     """
     path, state, problems = read(init_from, out_dir)
+    state.pop("optimizer", None)  # two thirds of the memory
     model = checkpoint.load_model(path, state)
     saved = state.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files have none
     tok = get_tokenizer(saved["name"], json_text=saved["json"])
@@ -52,5 +55,11 @@ def load(init_from: str, out_dir: str) -> Pretrained:
             f"{path} has a vocabulary of {model.config.vocab_size}, but its tokenizer {tok.name!r} "
             f"has {tok.vocab_size} ids: it was trained with another one"
         )
-    rest = {k: v for k, v in state.items() if k not in ("model", "optimizer")}
+    rest = {k: v for k, v in state.items() if k != "model"}
     return Pretrained(path, model, tok, rest, problems)
+
+
+def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers are one, be it once by name and once as a tokenizer.json."""
+    a, b = hf.known(a), hf.known(b)
+    return (a.name, a.json_text) == (b.name, b.json_text)

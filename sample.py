@@ -18,7 +18,7 @@ import torch
 import pretrained
 import runtime
 from configurator import configure
-from model import GPT
+from model import GPT, choose_attention
 from sampling import check_sampling, compile_decode, stream
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -106,6 +106,7 @@ def prepare(model: GPT, where: torch.device, number: torch.dtype) -> None:
 
         to_int8(model)
     model.to(where, number)
+    choose_attention(model, number)
 
 
 def compiled(model: GPT, where: torch.device, number: torch.dtype) -> str:

@@ -6,10 +6,12 @@ end-of-text token, as with tiktoken's encode_ordinary.
 
 import base64
 import codecs
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import tempfile
@@ -52,6 +54,10 @@ GPT2_CUT = re.compile(
 )
 # For other tokenizers: most change nothing there, but there is no proof for all.
 WORD_CUT = re.compile(r"\S(?=[ \n])")
+
+# How much longer each step of a tokenizer.json may make a text, as powers of 2, and all together
+GROWTH = {"Precompiled": 9.0, "NFKC": 5.0, "NFKD": 5.0, "ByteLevel": 2.0}
+MAX_GROWTH = 16
 
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "[EOS]", "<|im_end|>")
 
@@ -323,18 +329,19 @@ def byte_characters() -> dict[str, str]:
 def hugging_face(json_text: str, where: str) -> Tokenizer:
     """The tokenizer that a tokenizer.json describes. No start or end token is ever added.
 
-    Raises ValueError when it is not one or has no end-of-text token, OSError without the
-    `tokenizers` package.
+    Raises ValueError when it is not one, has no end-of-text token, or makes a flood of text of a
+    word, OSError without the `tokenizers` package. So does encoding a text that it cannot encode.
     """
     try:
         from tokenizers import Tokenizer as HuggingFaceTokenizer
     except ImportError as e:
         raise OSError(f"{where} needs a package: pip install tokenizers") from e
-    try:
+    with named(where):
         tok = HuggingFaceTokenizer.from_str(json_text)
         spec: dict[str, Any] = json.loads(json_text)
-    except Exception as e:  # the package raises plain Exception
-        raise ValueError(f"{where} is not a tokenizer.json of Hugging Face: {e}") from e
+    before, after = growth([spec.get("normalizer"), spec.get("pre_tokenizer")]), spec.get("decoder")
+    if max(before, growth(after)) > MAX_GROWTH:
+        raise ValueError(f"{where} makes a flood of text of a word, replacement after replacement")
     added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
     known = [*map(added.get, EOT_NAMES), *map(tok.token_to_id, EOT_NAMES)]
     eot = next((i for i in known if i is not None), None)
@@ -349,7 +356,8 @@ def hugging_face(json_text: str, where: str) -> Tokenizer:
     special_ids = np.array(sorted(special), dtype=np.uint32)
 
     def encode_plain(text: str) -> Ids:
-        return np.array(tok.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        with named(where):
+            return np.array(tok.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def encode_piece(text: str) -> Ids:
         ids = encode_plain(text)
@@ -361,15 +369,53 @@ def hugging_face(json_text: str, where: str) -> Tokenizer:
         parts = [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
         return np.concatenate([encode_plain(part) for part in parts])
 
+    with named(where):
+        plain_bytes = bytes_of_tokens(tok, spec)
+
+    def token_bytes(i: int, first: bool) -> bytes:
+        with named(where):
+            return plain_bytes(i, first)
+
     return Tokenizer(
         name="tokenizer.json",
         vocab_size=max(tok.get_vocab(with_added_tokens=True).values()) + 1,
         eot=eot,
         encode_piece=encode_piece,
-        token_bytes=functools.lru_cache(2**18)(bytes_of_tokens(tok, spec)),
+        token_bytes=functools.lru_cache(2**18)(token_bytes),
         cut=WORD_CUT,
         json_text=json_text,
     )
+
+
+@contextlib.contextmanager
+def named(where: str) -> Iterator[None]:
+    """Errors of the `tokenizers` package inside, as a ValueError that names the file.
+
+    It raises plain Exception, and where its Rust panics what is not even that.
+    """
+    try:
+        yield
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{where} is not a tokenizer.json that works: {e}") from e
+
+
+def growth(steps: Any) -> float:
+    """log2 of how many characters a tokenizer.json's steps may make of one.
+
+    A chain of replacements of "a" by "aa" is a bomb: 40 of them fill any memory.
+    """
+    if isinstance(steps, list):
+        return sum(map(growth, steps))
+    if not isinstance(steps, dict):
+        return 0
+    bits = GROWTH.get(str(steps.get("type")), 0)
+    if steps.get("type") == "Replace":
+        length, literal = len(steps["content"]), steps["pattern"].get("String")
+        # a regex, and an empty text, may match between all characters
+        bits = math.log2(max(1, length / len(literal))) if literal else math.log2(1 + length)
+    return bits + growth(list(steps.values()))
 
 
 def bytes_of_tokens(tok: Any, spec: dict[str, Any]) -> Callable[[int, bool], bytes]:

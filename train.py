@@ -32,7 +32,15 @@ import runlog
 import runtime
 from configurator import configure, settings_of
 from dataloader import TokenData, TrainLoader, TrainOrder, eval_batches, key_of, read_meta
-from model import GPT, IGNORE_INDEX, GPTConfig, configure_optimizer, flops_per_token, num_parameters
+from model import (
+    GPT,
+    IGNORE_INDEX,
+    GPTConfig,
+    choose_attention,
+    configure_optimizer,
+    flops_per_token,
+    num_parameters,
+)
 from tokenizer import Tokenizer, get_tokenizer
 
 # the run
@@ -239,7 +247,7 @@ def loss_sums(
 def check_same_tokenizer(saved: dict[str, Any], tok: Tokenizer, path: Path) -> None:
     """Raises ValueError when a checkpoint was trained with other tokens than the dataset has."""
     theirs = saved.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files name none
-    if (theirs["name"], theirs["json"]) != (tok.name, tok.json_text):
+    if not pretrained.same_ids(get_tokenizer(theirs["name"], json_text=theirs["json"]), tok):
         raise ValueError(
             f"{path} was trained with the tokenizer {theirs['name']!r}, but the dataset is in "
             f"{tok.name!r} or another version of it; prepare the text with the checkpoint's "
@@ -464,6 +472,7 @@ def main() -> None:
     else:
         model.to(where)
         net = model if team.alone else distributed.replicate(model)
+    kernel = choose_attention(model, number)
     optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(where.type, enabled=number == torch.float16)
     if resumed:
@@ -490,8 +499,9 @@ def main() -> None:
     )
     if not (folder / "meta.json").exists():
         say(f"data     {folder} has no meta.json: taken for GPT-2 tokens in uint16")
-    number_of = f"{ranks} x " if ranks > 1 else ""
-    say(f"machine  {number_of}{runtime.describe(where)}; {number} ({why})".replace("torch.", ""))
+    machine = f"{ranks} x {runtime.describe(where)}" if ranks > 1 else runtime.describe(where)
+    line = f"machine  {machine}; {number} ({why}); {kernel} attention"
+    say(line.replace("torch.", ""))
     if resumed:
         say(f"resumed  {path} at {state.iter_num} updates")
 

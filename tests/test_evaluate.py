@@ -211,6 +211,17 @@ def test_hellaswag_equals_transformers_one_at_a_time(run, evaluate, reference, t
     assert len({*map(tuple, right.values())}) == 3  # else the lengths were not tested
 
 
+def test_half_a_character_in_an_ending_is_no_error(run, evaluate, tmp_path):
+    """JSON can spell a lone surrogate, which UTF-8 has no bytes for: it becomes U+FFFD."""
+    items = hellaswag_items(2)
+    items[0]["endings"] = [e + "\ud800" for e in items[0]["endings"]]
+    items[1] = {**items[0], "endings": [e.replace("\ud800", "\ufffd") for e in items[0]["endings"]]}
+    file = tmp_path / "h.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    one, other = evaluate(run, "hellaswag", f"--file={file}")["records"]
+    assert one == other
+
+
 def test_lambada_equals_transformers_one_at_a_time(run, evaluate, reference, tmp_path):
     items = lambada_items(40)
     found = evaluate(run, "lambada", f"--file={write_jsonl(tmp_path / 'l.jsonl', items)}")

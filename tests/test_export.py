@@ -424,6 +424,12 @@ def test_the_safetensors_file_of_a_folder_may_be_named(script, tmp_path):
         assert result.code == 1 and words in result.err and len(result.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["sample.py", "export.py", "train.py"])
+def test_a_folder_without_the_prefix_is_told_of_it(script, good_folder, tmp_path, name):
+    result = script(name, f"--init_from={good_folder}", f"--out_dir={tmp_path / 'out'}")
+    assert result.code == 1 and f"write hf:{good_folder}" in result.err.splitlines()[-1]
+
+
 def test_an_older_config_with_fields_left_out(tmp_path):
     """As transformers 4 wrote it, and before it had head_dim, num_key_value_heads or biases."""
     other = llama_folder(tmp_path, num_key_value_heads=6, rope_theta=7000.0)
@@ -466,8 +472,10 @@ REFUSED = [
     ({"num_hidden_layers": 10**9}, "tensors"),
     ({"vocab_size": 2**39, "hidden_size": 2**39}, ""),
     ({"max_position_embeddings": 10**9}, "1048576"),
+    ({"max_position_embeddings": 2**20, "head_dim": 2**17}, "head_dim 131072"),  # 1 TB of tables
     ({"rope_parameters": [1]}, "rope_parameters"),
     ({"rope_parameters": None, "rope_theta": float("nan")}, "rope_theta"),
+    ({"rope_parameters": None, "rope_theta": 1e-300}, "rope_theta"),  # logits would be NaN
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
     ({"head_dim": 7}, "head_dim must be even"),
     ({"head_dim": 16}, "q_proj"),
@@ -569,7 +577,11 @@ def test_damaged_and_hostile_files_get_one_line(script, bad, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["../good/a.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors", 5]
+    "name",
+    [
+        *("../good/a.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors", 5),
+        "a" * 5000 + ".safetensors",
+    ],
 )
 def test_no_name_leads_out_of_the_folder(script, bad, name):
     outside = bad.parent / "good"
@@ -675,6 +687,26 @@ def test_fine_tuning_an_imported_model(script, export, tiny, tmp_path, dataset):
     assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {12}
     more = [*flags, "--init_from=resume", "--max_iters=13"]
     assert script("train.py", *more).code == 0, "and it can be resumed"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "gpt2"])
+def test_the_commands_of_the_readme(script, export, tiny, tmp_path, kind):
+    """Text prepared with the folder's own tokenizer.json, which the import knows by name."""
+    size = dataclasses.replace(SIZE, vocab_size={"bytes": 320, "gpt2": 50304}[kind])
+    size = dataclasses.replace(size, max_position_embeddings=128)
+    save(tmp_path / "out", size, {"name": kind, "json": None})
+    base, mine = export(), tmp_path / "mine"
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 2000, encoding="utf-8")
+    flags = [f"--source={tmp_path / 'text.txt'}", f"--dataset={mine}", "--num_proc=1"]
+    result = script("data/prepare.py", *flags, f"--tokenizer={base / 'tokenizer.json'}")
+    assert result.code == 0, result.err
+    flags = [*tiny, f"--dataset={mine}", f"--init_from=hf:{base}", f"--out_dir={tmp_path / 'b'}"]
+    flags += ["--max_iters=2", "--warmup_iters=1", "--eval_iters=1", "--batch_size=1"]
+    result = script("train.py", *flags)
+    assert result.code == 0, result.err
+    flags = [f"--init_from=hf:{base}", f"--dataset={mine}"]
+    result = script("evaluate.py", *flags)
+    assert result.code == 0, result.err
 
 
 def test_a_text_in_other_tokens_than_the_imported_models_is_refused(
@@ -931,6 +963,16 @@ def test_a_folder_with_other_files_is_not_written_into(script, tmp_path):
     result = script("export.py", f"--out_dir={tmp_path / 'out'}", f"--output={tmp_path}")
     assert result.code == 1 and "other files" in result.err
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_folder_that_an_interrupted_export_left_is_completed(export, tmp_path):
+    save(tmp_path / "out", SIZE)
+    folder = tmp_path / "out" / "hf"
+    folder.mkdir()
+    (folder / "model.safetensors.tmp").write_bytes(b"half")
+    (folder / "config.json").write_bytes(b"{}")
+    assert theirs(export()).config.vocab_size == 257
+    assert not (folder / "model.safetensors.tmp").exists()
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf"])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
 import model as model_file
 from model import (
@@ -13,6 +14,7 @@ from model import (
     CrossEntropy,
     GPTConfig,
     apply_rope,
+    choose_attention,
     configure_optimizer,
     flops_per_token,
     num_parameters,
@@ -437,3 +439,28 @@ def test_activation_checkpointing_in_a_compiled_graph():
     loss.backward()
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     assert all(p.grad is not None for p in m.parameters())
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_attention_copies_key_heads_only_where_no_fast_kernel_shares_them(monkeypatch, shares):
+    """As on CUDA in float32; the result is the same either way."""
+    m = model(**SIZES["gqa"]).eval()
+    assert choose_attention(m, torch.float32) == "flash"  # torch's on a CPU
+    idx = tokens(m, 2, 9)
+    before = m(idx, idx)[1]
+
+    def chosen(q, k, v, mask, dropout, causal, enable_gqa):
+        assert k.size(1) == (q.size(1) // 4 if enable_gqa else q.size(1))
+        return SDPBackend.EFFICIENT_ATTENTION.value if shares or not enable_gqa else 0
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", chosen)
+    assert choose_attention(m, torch.float32) == "efficient"
+    seen = []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **more: (seen.append(k.size(1)), real(q, k, v, **more))[1],
+    )
+    torch.testing.assert_close(m(idx, idx)[1], before)
+    assert set(seen) == {2 if shares else 8}

@@ -41,7 +41,7 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
         *("runtime", "tokenizer"),
     },
     "evaluate": {
-        *("configurator", "dataloader", "pretrained", "runlog", "runtime", "scoring"),
+        *("configurator", "dataloader", "model", "pretrained", "runlog", "runtime", "scoring"),
         "tokenizer",
     },
     "bench": {

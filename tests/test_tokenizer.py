@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import itertools
+import json
 import sys
 import time
 
@@ -328,3 +329,66 @@ def test_mistakes(tmp_path, name, text, words):
         get_tokenizer(name, tmp_path)
     for word in words:
         assert word in str(error.value)
+
+
+def spoilt(**changes):
+    """A byte-level tokenizer.json with other parts."""
+    made = hugging_face(
+        tokenizers.models.BPE(),
+        tokenizers.trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False),
+        tokenizers.pre_tokenizers.ByteLevel(),
+        tokenizers.decoders.ByteLevel(),
+    )
+    return json.dumps({**json.loads(made.to_str()), **changes})
+
+
+def doubled(times, pattern):
+    return [{"type": "Replace", "pattern": pattern, "content": "aa"}] * times
+
+
+@pytest.mark.parametrize("pattern", [{"String": "a"}, {"Regex": "a"}])
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+def test_a_chain_of_replacements_is_no_bomb(part, pattern):
+    """Forty make 2^40 letters of an "a"; a dozen, or forty by texts no longer, are a tokenizer."""
+    for steps, bad in (
+        (doubled(40, pattern), True),
+        (doubled(6, pattern), False),
+        ([{"type": "Replace", "pattern": {"String": " "}, "content": "_"}] * 40, False),
+    ):
+        text = spoilt(**{part: {"type": "Sequence", f"{part}s": steps}})
+        if bad:
+            with pytest.raises(ValueError, match="flood"):
+                get_tokenizer("tokenizer.json", json_text=text)
+        else:
+            get_tokenizer("tokenizer.json", json_text=text)
+
+
+def test_steps_that_double_other_letters_are_no_bomb():
+    steps = [{"type": "ByteLevel"}] * 40
+    text = spoilt(normalizer={"type": "Sequence", "normalizers": steps})
+    with pytest.raises(ValueError, match="flood"):
+        get_tokenizer("tokenizer.json", json_text=text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # Rust panics
+        {"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 9}},  # so too
+        {"model": {"type": "WordLevel", "unk_token": "none", "vocab": {"</s>": 0}}},
+        {"model": {"type": "Unigram", "unk_id": None, "vocab": [["</s>", 0.0]]}},
+    ],
+)
+def test_what_the_package_fails_on_is_a_mistake_in_the_file(tmp_path, changes):
+    text = spoilt(**{"pre_tokenizer": None, **changes})
+    (tmp_path / "bad.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="bad.json is not a tokenizer.json"):
+        get_tokenizer("bad.json", tmp_path)
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_an_error_that_names_it():
+    model = {"type": "WordLevel", "unk_token": "none", "vocab": {"</s>": 0, "a": 1}}
+    tok = get_tokenizer("tokenizer.json", json_text=spoilt(model=model, pre_tokenizer=None))
+    assert tok.encode("a") == [1]
+    with pytest.raises(ValueError, match="tokenizer.json in the checkpoint"):
+        tok.encode("b")

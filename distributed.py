@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -177,6 +178,9 @@ def run(main: Callable[[], None]) -> None:
 def leave() -> None:
     """End the team in order; after an error it is left as it is: others may hang in it."""
     if dist.is_initialized():
+        # Gloo's thread takes Python's lock to drop the tensors of its last exchange. A group that
+        # is destroyed before that holds the lock and waits for the thread, for ever (seen once).
+        time.sleep(0.3)
         dist.destroy_process_group()
 
 

@@ -299,6 +299,7 @@ sys.exit(0)
 """
 
 
+@pytest.mark.slow
 def test_a_step_exchanges_each_gradient_once_whatever_the_accumulation(flags, whole, tmp_path):
     """Counted in the profiler's events: 1, 3 and 6 micro-steps a rank; 2 updates."""
     model = checkpoint.load(whole / "ckpt_50.pt")["model"]

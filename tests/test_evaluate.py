@@ -122,7 +122,8 @@ def hellaswag_items(count, longest=40, seed=0):
         endings = [TEXT[cut : cut + rng.randrange(12, 40)].strip()]
         endings += [sentence(rng, rng.randrange(1, 6)) for _ in range(3)]
         if i % 4 == 0:  # all bad, but not equally so by characters and by bytes
-            endings = ["世" * rng.randrange(1, 5) + "q" * rng.randrange(1, 5) for _ in range(4)]
+            endings = ["世" * (1 + k) + "q" * rng.randrange(1, 5) for k in range(4)]  # no two equal
+            rng.shuffle(endings)
         label = rng.randrange(4)
         endings[0], endings[label] = endings[label], endings[0]
         marks = MARKS.get(str(rng.randrange(6)), "")

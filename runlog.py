@@ -41,8 +41,11 @@ def keep_records(metrics: Path, step: int) -> None:
 def add_record(metrics: Path, record: Record) -> str:
     """Append a record to metrics.jsonl; why it failed, or ""."""
     try:
-        with metrics.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
+        with metrics.open("ab", buffering=0) as f:
+            end, line = f.tell(), (json.dumps(record) + "\n").encode()
+            if f.write(line) < len(line):
+                f.truncate(end)  # half a line would take the next one with it
+                raise OSError("the disk is full")
     except OSError as e:
         return f"WARNING  {metrics} not written: {e}"
     return ""

@@ -296,6 +296,24 @@ def test_a_data_file_that_is_cut_short_meanwhile(slow_run, tmp_path, dataset, wh
     assert_whole(tmp_path / "out", whole)
 
 
+@posix
+def test_a_record_that_does_not_fit_takes_no_other_with_it(tmp_path):
+    code = """
+import pathlib, resource, sys
+sys.path.insert(0, sys.argv[1])
+import runlog
+path, (_, hard) = pathlib.Path(sys.argv[2]), resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+print([bool(runlog.add_record(path, {"iter": i, "text": "x" * 20})) for i in range(4)])
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+print(runlog.add_record(path, {"iter": 9}))
+print([r["iter"] for r in runlog.read_records(path)])
+"""
+    command = [sys.executable, "-c", code, str(ROOT), str(tmp_path / "metrics.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:3] == ["[False, False, True, True]", "", "[0, 1, 9]"]
+
+
 def test_time_limit_saves_and_stops(tiny, tmp_path):
     text = must(start([*tiny, "--max_iters=100000", "--time_limit=0.15"]))
     assert "stopped by time_limit=0.15" in text and "--init_from=resume" in text

@@ -285,6 +285,18 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
 
 
+def data_folder() -> Path:
+    """Where the dataset is: under data/, or at a path."""
+    return Path(dataset) if os.sep in dataset or "/" in dataset else ROOT / "data" / dataset
+
+
+def size_as_set(meta: dict[str, Any]) -> GPTConfig:
+    """The model that the settings describe, its vocabulary that of a dataset's meta.json."""
+    given = {f.name: globals()[f.name] for f in fields(GPTConfig)}
+    vocabulary = vocab_size or -(-int(meta["vocab_size"]) // 64) * 64
+    return GPTConfig(**given | {"vocab_size": vocabulary})
+
+
 def starts_from(out: Path) -> str:
     """What init_from comes to: auto is resume where there is a run, else scratch."""
     if init_from != "auto":
@@ -340,7 +352,6 @@ def plan() -> None:
     """
     import planner  # of no use to a run
 
-    config = settings_of(globals())
     check_settings()
     card = planner.find_card(device)
     where = torch.device("cuda") if card else runtime.select_device(device)
@@ -348,11 +359,8 @@ def plan() -> None:
         number, why = card.half, "the card computes in it"
     else:
         number, why = runtime.select_dtype(dtype, where)
-    folder = Path(dataset) if os.sep in dataset or "/" in dataset else ROOT / "data" / dataset
-    size = GPTConfig(
-        **{f.name: config[f.name] for f in fields(GPTConfig) if f.name != "vocab_size"},
-        vocab_size=vocab_size or -(-int(read_meta(folder)["vocab_size"]) // 64) * 64,
-    )
+    folder = data_folder()
+    size = size_as_set(read_meta(folder))
     source = starts_from(Path(out_dir))
     if source != "scratch":
         path, start, _ = pretrained.read(source, out_dir)
@@ -404,13 +412,10 @@ def main() -> None:
     if sharded and number == torch.float16:
         raise ValueError(f"parallel={parallel} takes bfloat16 or float32; write --dtype=float32")
     autocast = runtime.autocast(where, number)
-    folder = Path(dataset) if os.sep in dataset or "/" in dataset else ROOT / "data" / dataset
+    folder = data_folder()
     meta = read_meta(folder)
     tok: Tokenizer = get_tokenizer(meta["tokenizer"], folder)
-    size = GPTConfig(
-        **{f.name: config[f.name] for f in fields(GPTConfig) if f.name != "vocab_size"},
-        vocab_size=vocab_size or -(-int(meta["vocab_size"]) // 64) * 64,
-    )
+    size = size_as_set(meta)
     out = Path(out_dir)
     source = starts_from(out)
     if rank == 0:
@@ -543,11 +548,9 @@ def main() -> None:
 
     def spare_memory() -> Tensor | None:
         """The first update allocates AdamW's moments, too late to try again: room for them now."""
-        return (
-            None
-            if optimizer.state or sharded
-            else torch.empty(2 * num_parameters(model), device=where)
-        )
+        if optimizer.state or sharded:
+            return None
+        return torch.empty(2 * num_parameters(model), device=where)
 
     def evaluate() -> Tensor | None:
         distributed.set_sync(net, last=True, only=True)
@@ -733,9 +736,8 @@ def main() -> None:
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         mean = team.sum(mean) / ranks
-        loss, grad_norm = torch.stack(
-            (mean, checkpoint.whole(norm))
-        ).tolist()  # the step's one wait for the device
+        numbers = torch.stack((mean, checkpoint.whole(norm)))
+        loss, grad_norm = numbers.tolist()  # the step's one wait for the device
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         spike = finite and is_spike(loss, state.recent_losses, skip_spike)
         if finite and not spike:

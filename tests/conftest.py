@@ -49,6 +49,26 @@ def script(monkeypatch, capsys):
     return run
 
 
+WAITS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The names of all calls since the start that on a GPU would stop the host, in a list."""
+    import torch
+
+    calls = []
+    for name in WAITS:
+        real = getattr(torch.Tensor, name)
+
+        def counted(self, *args, _real=real, _name=name, **kwargs):
+            calls.append(_name)
+            return _real(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    return calls
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """A folder of byte tokens as data/prepare.py writes it."""

@@ -293,7 +293,7 @@ def build(name: str, size: Any) -> tuple[Any, Any]:
         from model import GPT
 
         model: Any = GPT(size)
-        return model, lambda net, x, y: net(x, y)[1]
+        return model, lambda net, x, y: net(x, y, loss_only=True)[1]
     if name == "transformers":
         from transformers import LlamaConfig, LlamaForCausalLM
 

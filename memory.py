@@ -125,7 +125,7 @@ def loss_of(model: Callable[..., Any], x: Tensor, dtype: torch.dtype) -> Tensor:
     """The loss of a micro-step, as train.py computes it; float16 is as large as bfloat16."""
     half = torch.bfloat16 if dtype == torch.float16 else dtype
     with runtime.autocast(torch.device("cpu"), half):
-        loss: Tensor = model(x, x)[1]
+        loss: Tensor = model(x, x, loss_only=True)[1]
     return loss
 
 

@@ -252,27 +252,31 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        """logits (N, V), targets (N,) int64 -> () float32, in nats per target that counts."""
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, spend: bool) -> Tensor:
+        """logits (N, V), targets (N,) int64 -> () float32, in nats per target that counts.
+
+        spend: backward writes the gradient over the logits, which nobody else reads.
+        """
         counts, targets = targets != IGNORE_INDEX, targets.clamp(min=0)
         ctx.rows = max(1, LOSS_CHUNK * (1 if logits.is_cpu else 64) // logits.size(1))
         starts = range(0, len(logits), ctx.rows)
         lse = torch.cat([logits[i : i + ctx.rows].float().logsumexp(1) for i in starts])
         ctx.save_for_backward(logits, targets, counts, lse)
+        ctx.spend = spend
         losses = lse - logits.gather(1, targets[:, None])[:, 0]
         return (losses * counts).sum() / counts.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Softmax less 1 at the target, times what the loss is worth."""
         logits, targets, counts, lse = ctx.saved_tensors
         share = (counts * (grad / counts.sum()))[:, None]
-        found = torch.empty_like(logits)
+        found = logits if ctx.spend else torch.empty_like(logits)
         for i in range(0, len(logits), ctx.rows):
             rows = slice(i, i + ctx.rows)
             part = (logits[rows].float() - lse[rows, None]).exp_().mul_(share[rows])
             found[rows] = part.scatter_add_(1, targets[rows, None], -share[rows])
-        return found, None
+        return found, None, None
 
 
 class GPT(nn.Module):
@@ -305,12 +309,15 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, loss_only: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Logits, and the loss when there are targets.
 
         idx (B, T) int64. targets (B, T) int64, IGNORE_INDEX where nothing is to be predicted.
         With targets: logits (B, T, V), from which no gradient flows, and the mean cross-entropy in
-        nats per token. Without: logits (B, 1, V) of the last position only, and None.
+        nats per token. loss_only: None and the loss; the gradient of the logits then takes no
+        memory of its own. Without targets: logits (B, 1, V) of the last position only, and None.
         Raises ValueError when T exceeds max_position_embeddings.
         """
         T, context = idx.size(1), self.config.max_position_embeddings
@@ -335,9 +342,9 @@ class GPT(nn.Module):
         if torch.compiler.is_compiling():  # which makes one pass of it
             loss = F.cross_entropy(rows.float(), wanted, ignore_index=IGNORE_INDEX)
         else:
-            loss = CrossEntropy.apply(rows, wanted)  # type: ignore[no-untyped-call]
+            loss = CrossEntropy.apply(rows, wanted, loss_only)  # type: ignore[no-untyped-call]
         # Logits with a gradient would have a compiled backward read zeros of their size.
-        return logits.detach(), loss
+        return None if loss_only else logits.detach(), loss
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` positions for `batch` rows, in the type attention runs in."""

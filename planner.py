@@ -208,7 +208,7 @@ def timed_step(
 
     def micro() -> None:
         with autocast:
-            loss = model(x, x)[1]
+            loss = model(x, x, loss_only=True)[1]
         torch.autograd.backward(loss)
 
     def update() -> None:

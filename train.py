@@ -234,7 +234,7 @@ def loss_sums(
         if not go_on():
             break
         with autocast:
-            _, loss = model(x, y)
+            _, loss = model(x, y, loss_only=True)
         losses.append(torch.stack((loss.float(), (y != IGNORE_INDEX).sum().float())))
     model.train()
     if not losses:
@@ -539,7 +539,7 @@ def main() -> None:
         x, y = loader.batch(step, micro_step, micro_batch)
         distributed.set_sync(net, last, micro_steps == 1)
         with autocast:
-            loss: Tensor = net(x, y)[1]
+            loss: Tensor = net(x, y, loss_only=True)[1]
         scaler.scale(loss / micro_steps).backward()
         return loss.detach()
 

@@ -389,11 +389,24 @@ def test_the_uncompiled_loss_is_the_plain_one(monkeypatch, chunk, dtype):
     targets = torch.randint(0, 131, (40,))
     targets[::3] = IGNORE_INDEX
     plain = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX)
-    ours = CrossEntropy.apply(logits, targets)
-    assert ours.dtype == torch.float32 and ours.item() == pytest.approx(plain.item(), rel=1e-6)
-    expected, found = (torch.autograd.grad(3 * loss, logits)[0] for loss in (plain, ours))
+    expected = torch.autograd.grad(3 * plain, logits)[0]
     one_bit = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
-    torch.testing.assert_close(found, expected, rtol=one_bit, atol=1e-8)
+    for spend in (False, True):
+        ours = CrossEntropy.apply(logits, targets, spend)
+        assert ours.dtype == torch.float32 and ours.item() == pytest.approx(plain.item(), rel=1e-6)
+        found = torch.autograd.grad(3 * ours, logits, retain_graph=True)[0]
+        torch.testing.assert_close(found, expected, rtol=one_bit, atol=1e-8)
+        assert (found.data_ptr() == logits.data_ptr()) == spend
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ours.backward()  # once more: what it needs is gone, and it says so
+
+
+def test_the_loss_alone_is_the_same_loss_with_the_same_gradients():
+    m, idx = model(), torch.randint(0, 131, (2, 16))
+    (logits, loss), (nothing, alone) = m(idx, idx), m(idx, idx, loss_only=True)
+    assert logits.shape == (2, 16, 131) and nothing is None and torch.equal(alone, loss)
+    for a, b in zip(*(torch.autograd.grad(x, m.parameters()) for x in (loss, alone)), strict=True):
+        assert torch.equal(a, b)
 
 
 def saved_bytes(m, idx):

@@ -565,10 +565,12 @@ def our_decoders(model: Any) -> list[Decoder]:
     import torch._inductor.config
 
     from quantization import quantize
-    from sampling import compile_decode
+    from sampling import compile_decode, for_few_rows
 
     int8 = copy.deepcopy(model)
     quantize(int8)
+    if dtype == "float32":
+        for_few_rows(model)
     found = []
     for kind, one in (("", model), (", int8", int8)):
         for how in ("eager", "compiled", "compiled, frozen"):

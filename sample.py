@@ -19,7 +19,7 @@ import pretrained
 import runtime
 from configurator import configure
 from model import GPT, choose_attention
-from sampling import check_sampling, compile_decode, stream
+from sampling import check_sampling, compile_decode, for_few_rows, stream
 from tokenizer import StreamDecoder, Tokenizer
 
 # what
@@ -107,6 +107,8 @@ def prepare(model: GPT, where: torch.device, number: torch.dtype) -> None:
         to_int8(model)
     model.to(where, number)
     choose_attention(model, number)
+    if where.type == "cpu" and number == torch.float32:
+        for_few_rows(model)
 
 
 def compiled(model: GPT, where: torch.device, number: torch.dtype) -> str:

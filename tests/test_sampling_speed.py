@@ -1,5 +1,7 @@
 """What makes sampling quick, against the plain way: one graph, int8 weights, no waits."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from quantization import Int8Linear, quantize
-from sampling import cache_length, compile_decode, left_pad, stream
+from sampling import FEW_ROWS, cache_length, compile_decode, for_few_rows, left_pad, stream
 
 SIZE = GPTConfig(
     vocab_size=131,
@@ -81,6 +83,32 @@ def test_compiled_text_equals_plain_text(fresh, freeze):
             where = torch.tensor([7]), cache, torch.tensor([0])
             logits.append(one.decode(torch.tensor([[3]]), *where))
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_are_multiplied_in_another_order_to_the_same_end(fresh, bias):
+    """Products and gradients, whatever the number of rows; compiled, too."""
+    plain = torch.nn.Linear(96, 40, bias=bias)
+    quick = copy.deepcopy(plain)
+    for_few_rows(quick)
+    assert quick.weight is not plain.weight and type(quick) is not type(plain)
+    compiled = torch.compile(quick, backend="aot_eager", dynamic=False)
+    for shape in ((96,), (1, 96), (2, 1, 96), (FEW_ROWS, 96), (FEW_ROWS + 1, 96)):
+        x = torch.randn(shape)
+        for layer in (quick, compiled):
+            torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-6)
+        a, b = (torch.autograd.grad(m(x).square().sum(), m.weight)[0] for m in (quick, plain))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_for_few_rows_makes_the_same_text():
+    m, other = model(), model()
+    for_few_rows(other)
+    assert torch.nn.Linear not in {type(c) for c in other.modules()}
+    assert other.state_dict().keys() == m.state_dict().keys()
+    assert other.lm_head.weight is other.embed_tokens.weight
+    x = prompt(7, 3)
+    assert torch.equal(m.generate(x, 60, temperature=0), other.generate(x, 60, temperature=0))
 
 
 def test_a_compiler_that_fails_leaves_the_model_as_it_was(fresh, monkeypatch):

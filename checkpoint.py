@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, checked before they are believed, read without pickle.
 
-A checkpoint is one torch.save file of tensors and plain values. Its keys `model`, `optimizer`,
+A checkpoint is one torch.save file of tensors and plain values, or a folder with the same contents
+in parts (sharded.py). Its keys `model`, `optimizer`,
 `model_args`, `iter_num`, `best_val_loss` and `config` mean what they mean in nanoGPT's and
 EasyGPT's files; `tokenizer` and `train_state` are ours.
 """
@@ -29,6 +30,7 @@ from model import GPT, GPTConfig
 PREFIXES = ("_orig_mod.", "module.", "model.")  # of torch.compile, DDP and Hugging Face
 RENAMED_KEYS = {"post_attetion_layernorm": "post_attention_layernorm"}  # EasyGPT's files
 RENAMED_ARGS = {"norm_eps": "rms_norm_eps"}
+SHARDS = ".shards"  # of a folder that holds a checkpoint in parts
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -165,14 +167,21 @@ class Saver:
     A write that fails leaves what was there. `problem` says why the last ckpt_<step>.pt failed, ""
     when it did not; `best_failed` is the same for best.pt; `unsaid` holds all failures until the
     caller takes them out to tell the user. With writes=False nothing is written: a process that is
-    not the first of its run only takes part in collecting the state.
+    not the first of its run only takes part in collecting the state. shards, a sharded.Writer,
+    has every process write its part: ckpt_<step>.shards and best.shards.
     """
 
     def __init__(
-        self, out_dir: Path, keep_last: int, milestone_interval: int = 0, writes: bool = True
+        self,
+        out_dir: Path,
+        keep_last: int,
+        milestone_interval: int = 0,
+        writes: bool = True,
+        shards: Any = None,
     ) -> None:
         self.out_dir, self.keep_last, self.milestone = out_dir, keep_last, milestone_interval
-        self.writes = writes
+        self.writes, self.shards = writes, shards
+        self.suffix = SHARDS if shards else ".pt"
         self.thread = ThreadPoolExecutor(1, "checkpoint", initializer=step_aside)
         self.job: Future[None] | None = None
         self.packed: dict[str, Packed] = {}  # copies of the last state's parts
@@ -189,7 +198,9 @@ class Saver:
 
     def submit(self, state: dict[str, Any], write: Callable[..., None], *args: int) -> None:
         self.wait()
-        if self.writes:
+        if self.shards:
+            self.job = self.thread.submit(write, *args, self.shards.copy(state))
+        elif self.writes:
             self.job = self.thread.submit(write, *args, self.copy(state))
         else:
             for part in state.values():
@@ -205,20 +216,20 @@ class Saver:
             self.job.result()
             self.job = None
 
-    def write_best(self, state: dict[str, Any]) -> None:
-        self.best_failed = self.try_to_write(self.out_dir / "best.pt", state)
+    def write_best(self, state: Any) -> None:
+        self.best_failed = self.try_to_write(f"best{self.suffix}", state)
 
-    def write(self, step: int, state: dict[str, Any]) -> None:
-        self.problem = self.try_to_write(self.out_dir / f"ckpt_{step}.pt", state)
-        if not self.problem:
+    def write(self, step: int, state: Any) -> None:
+        self.problem = self.try_to_write(f"ckpt_{step}{self.suffix}", state)
+        if self.writes and not self.problem:
             for old, path in steps_saved(self.out_dir)[self.keep_last :]:
                 if not self.milestone or old % self.milestone or old == 0:
                     with contextlib.suppress(OSError):  # open in another program; next time then
-                        path.unlink()
+                        remove(path)
 
-    def try_to_write(self, path: Path, state: dict[str, Any]) -> str:
+    def try_to_write(self, name: str, state: Any) -> str:
         try:
-            save(path, state)
+            (self.shards.save if self.shards else save)(self.out_dir / name, state)
         except (OSError, ValueError) as e:
             self.unsaid.append(str(e))
             return str(e)
@@ -231,7 +242,8 @@ def check_disk(out_dir: Path, size: int, count: int, log: int) -> None:
     The checkpoints that are there count as free: the run will replace them, or has counted them.
     """
     needed = size * count + log
-    there = {(s.st_dev, s.st_ino): s.st_size for s in (p.stat() for p in checkpoints(out_dir))}
+    files = [f for p in checkpoints(out_dir) for f in (p.iterdir() if p.is_dir() else [p])]
+    there = {(s.st_dev, s.st_ino): s.st_size for s in (f.stat() for f in files)}
     free = shutil.disk_usage(out_dir).free + sum(there.values())
     if free < needed:
         raise ValueError(
@@ -266,12 +278,17 @@ def check(path: Path) -> None:
         raise ValueError(f"{path} is damaged: the checksum of {bad} is wrong")
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, whole: bool = True) -> dict[str, Any]:
     """A checkpoint's contents, tensors on the CPU.
 
+    whole=False leaves the tensors of a folder of shards where they are, for `sharded.read_into`.
     Raises FileNotFoundError, or ValueError for a file that is damaged, foreign, or holds anything
     but tensors and plain values.
     """
+    if path.suffix == SHARDS and path.is_dir():
+        import sharded  # few need it, and it takes a second
+
+        return (sharded.read if whole else sharded.check)(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     check(path)
@@ -297,27 +314,51 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
-    """Every checkpoint file of a run in a folder."""
-    best = out_dir / "best.pt"
-    return [path for _, path in steps_saved(out_dir)] + ([best] if best.exists() else [])
+    """Every checkpoint of a run in a folder."""
+    best = (out_dir / f"best{suffix}" for suffix in (".pt", SHARDS))
+    return [path for _, path in steps_saved(out_dir)] + [path for path in best if path.exists()]
+
+
+def holds_run(out_dir: Path) -> bool:
+    """Whether a folder has a checkpoint, by whatever name."""
+    return any(any(out_dir.glob(f"*{suffix}")) for suffix in (".pt", SHARDS))
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def tidy(out_dir: Path) -> None:
+    """Finish or remove what a process that was killed while it wrote has left in a folder."""
+    for temp in [*out_dir.glob("*.pt.tmp"), *out_dir.glob(f"*{SHARDS}.tmp")]:
+        remove(temp)
+    for old in out_dir.glob(f"*{SHARDS}.old"):  # its successor was to take its place
+        if old.with_suffix("").exists():
+            remove(old)
+        else:
+            os.replace(old, old.with_suffix(""))
 
 
 def steps_saved(out_dir: Path) -> list[tuple[int, Path]]:
-    """(step, file) of the checkpoints ckpt_<step>.pt in a folder, newest first."""
+    """(step, path) of the checkpoints ckpt_<step> in a folder, newest first."""
     found = []
-    for path in out_dir.glob("ckpt_*.pt"):
-        if match := re.fullmatch(r"ckpt_(\d+)\.pt", path.name):
+    for path in out_dir.glob("ckpt_*"):
+        if match := re.fullmatch(r"ckpt_(\d+)\.(pt|shards)", path.name):
             found.append((int(match[1]), path))
     return sorted(found, reverse=True)
 
 
-def load_newest(out_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
+def load_newest(out_dir: Path, whole: bool = True) -> tuple[Path, dict[str, Any], list[str]]:
     """The newest good checkpoint of a run: its path, its contents, and what was wrong with newer.
 
-    Raises FileNotFoundError when there is none, ValueError when all are bad.
+    whole is `load`'s. Raises FileNotFoundError when there is none, ValueError when all are bad.
     """
-    paths = [path for _, path in steps_saved(out_dir)]
-    paths += [p for p in (out_dir / "best.pt", out_dir / "ckpt.pt") if p.exists()]
+    paths = checkpoints(out_dir)
+    paths += [p for p in (out_dir / "ckpt.pt",) if p.exists()]
     if not paths:
         raise FileNotFoundError(
             f"no checkpoint in {out_dir}; train one first (python train.py ... "
@@ -326,7 +367,7 @@ def load_newest(out_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
     problems: list[str] = []
     for path in paths:
         try:
-            return path, load(path), problems
+            return path, load(path, whole), problems
         except ValueError as e:
             problems.append(str(e))
     raise ValueError("no good checkpoint: " + "; ".join(problems))

@@ -53,7 +53,7 @@ from tokenizer import Tokenizer, get_tokenizer, well_formed
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is measured
-init_from = "resume"  # resume, PATH of a .pt file, or hf:FOLDER or hf:USER/NAME
+init_from = "resume"  # resume, PATH (.pt, .shards), hf:FOLDER or hf:USER/NAME
 task = "val"  # val, text, hellaswag, lambada
 dataset = ""  # of val: folder under data/, or a path with a slash; empty = the one trained on
 file = ""  # the text; or hellaswag's, lambada's items as .jsonl, empty = from the Hub

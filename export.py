@@ -29,7 +29,7 @@ from tokenizer import Tokenizer
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is exported
-init_from = "resume"  # resume, PATH of a .pt file, or hf:FOLDER or hf:USER/NAME
+init_from = "resume"  # resume, PATH (.pt, .shards), hf:FOLDER or hf:USER/NAME
 # as what
 to = "hf"  # hf, gguf, easygpt
 dtype = "float32"  # float32, bfloat16, float16; for gguf also q8_0
@@ -235,7 +235,7 @@ def main() -> None:
     path, model, tok, state, problems = pretrained.load(init_from, out_dir)
     for problem in problems:
         print(f"passed over: {problem}", file=sys.stderr)
-    run = path.parent if init_from.endswith(".pt") else Path(out_dir)
+    run = path.parent if path.suffix in (".pt", ".shards") else Path(out_dir)
     weights, config = published(model, tok)
     Path(output or run / to).parent.mkdir(parents=True, exist_ok=True)
     name = push.split("/")[-1] or (path if path.is_dir() else run).resolve().name

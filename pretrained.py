@@ -19,15 +19,18 @@ class Pretrained(NamedTuple):
     problems: list[str]  # what was wrong with newer checkpoints
 
 
-def read(init_from: str, out_dir: str) -> tuple[Path, dict[str, Any], list[str]]:
+def read(
+    init_from: str, out_dir: str, whole: bool = True
+) -> tuple[Path, dict[str, Any], list[str]]:
     """The checkpoint that the settings name: its path, contents, and what was wrong with newer.
 
-    init_from is "resume" for the newest good checkpoint of out_dir, the path of a .pt file, or
-    Hugging Face's: hf:FOLDER, hf:USER/NAME or the path of a folder's model.safetensors.
+    init_from is "resume" for the newest good checkpoint of out_dir, the path of a .pt file or a
+    .shards folder, or Hugging Face's: hf:FOLDER, hf:USER/NAME or the path of a folder's
+    model.safetensors. whole=False leaves shards where they are, as checkpoint.load has it.
     Raises ValueError or OSError (one line) when there is none or it is damaged.
     """
     if init_from == "resume":
-        return checkpoint.load_newest(Path(out_dir))
+        return checkpoint.load_newest(Path(out_dir), whole)
     path = Path(init_from)
     if path.suffix == ".safetensors":
         if not path.is_file():
@@ -35,9 +38,9 @@ def read(init_from: str, out_dir: str) -> tuple[Path, dict[str, Any], list[str]]
         init_from = f"{hf.PREFIX}{path.parent}"
     if init_from.startswith(hf.PREFIX):
         return *hf.load(init_from), []
-    if path.is_dir():
+    if path.is_dir() and path.suffix != checkpoint.SHARDS:
         raise ValueError(f"{path} is a folder; write hf:{path} if it is a model of Hugging Face's")
-    return path, checkpoint.load(path), []
+    return path, checkpoint.load(path, whole), []
 
 
 def load(init_from: str, out_dir: str) -> Pretrained:

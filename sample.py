@@ -24,7 +24,7 @@ from tokenizer import StreamDecoder, Tokenizer
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is used
-init_from = "resume"  # resume, PATH of a .pt file, or hf:FOLDER or hf:USER/NAME
+init_from = "resume"  # resume, PATH (.pt, .shards), hf:FOLDER or hf:USER/NAME
 start = ""  # the prompt; FILE:path reads it from a file; empty = a new document
 num_samples = 3  # texts made
 max_new_tokens = 300  # tokens in each

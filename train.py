@@ -46,7 +46,7 @@ from tokenizer import Tokenizer, get_tokenizer
 # the run
 out_dir = "out"  # where checkpoints and logs go
 init_from = (
-    "scratch"  # scratch, resume (out_dir's newest), auto (either), PATH.pt, hf:FOLDER or NAME
+    "scratch"  # scratch, resume (out_dir's newest), auto (either), PATH, hf:FOLDER or hf:USER/NAME
 )
 overwrite = False  # let a run from scratch replace the run that out_dir holds
 seed = 1337  # of initial weights, data order and dropout
@@ -91,6 +91,7 @@ checkpoint_interval = 0  # updates between checkpoints; 0 = at evaluations
 checkpoint_minutes = 15.0  # and at the latest after this time
 keep_last = 2  # newest checkpoints kept, beside the best
 milestone_interval = 0  # keep the checkpoints at multiples of this for ever; 0 = none
+sharded_checkpoints = False  # with fsdp or hsdp: folders of which each rank writes its part
 time_limit = 0.0  # minutes after which to save and stop; 0 = none
 watchdog_minutes = 30.0  # without a micro-step before the run counts as hung and ends; 0 = never
 wandb_log = False
@@ -164,6 +165,8 @@ def check_settings() -> None:
         problems.append(f"compile must be auto, True or False, not {compile!r}")
     if parallel not in ("ddp", "fsdp", "hsdp"):
         problems.append(f"parallel must be ddp, fsdp or hsdp, not {parallel!r}")
+    if sharded_checkpoints and parallel == "ddp":
+        problems.append("sharded_checkpoints needs parallel fsdp or hsdp")
     if not checkpoint_minutes > 0:
         problems.append(f"checkpoint_minutes must be positive, not {checkpoint_minutes}")
     if not 0 <= seed < 2**63:
@@ -301,7 +304,7 @@ def starts_from(out: Path) -> str:
     """What init_from comes to: auto is resume where there is a run, else scratch."""
     if init_from != "auto":
         return init_from
-    return "resume" if any(out.glob("*.pt")) else "scratch"
+    return "resume" if checkpoint.holds_run(out) else "scratch"
 
 
 def claim_folder(out: Path, source: str) -> None:
@@ -314,7 +317,7 @@ def claim_folder(out: Path, source: str) -> None:
             f"a new run from {source} would replace it: choose another --out_dir, or "
             "--init_from=resume to go on with that run"
         )
-    if source != "resume" and not overwrite and any(out.glob("*.pt")):
+    if source != "resume" and not overwrite and checkpoint.holds_run(out):
         raise ValueError(
             f"{out} holds a run already; go on with it (--init_from=resume), choose another "
             "--out_dir, or replace it (--overwrite=True)"
@@ -323,16 +326,17 @@ def claim_folder(out: Path, source: str) -> None:
 
 def tidy_folder(out: Path, metrics: Path, resumed_at: int | None) -> None:
     """Remove what a run of before has left: another one's files, or what came after resumed_at."""
-    for stale in out.glob("*.pt.tmp"):  # of a process that was killed
-        stale.unlink()
+    checkpoint.tidy(out)
     if resumed_at is None:
         for old in [*checkpoint.checkpoints(out), metrics]:
-            old.unlink(missing_ok=True)
+            checkpoint.remove(old)
         return
     runlog.keep_records(metrics, resumed_at)
     for found, newer in checkpoint.steps_saved(out):
         if found > resumed_at:  # passed over for damage
-            os.replace(newer, newer.with_name(newer.name + ".damaged"))
+            damaged = newer.with_name(newer.name + ".damaged")
+            checkpoint.remove(damaged)
+            os.replace(newer, damaged)
 
 
 def disk_needed(parameters: int) -> dict[str, int]:
@@ -427,7 +431,7 @@ def main() -> None:
     origin = source
     resumed = source == "resume" and rank == 0
     if resumed:
-        path, start, problems = pretrained.read(source, out_dir)
+        path, start, problems = pretrained.read(source, out_dir, whole=not sharded)
         for problem in problems:
             say(f"passed over: {problem}")
         if "train_state" not in start:
@@ -446,14 +450,22 @@ def main() -> None:
         if start["config"]["batch_size"] != batch_size:
             state.micro_batch = 0  # the user knows better
     elif source != "scratch" and rank == 0:
-        path, start, _ = pretrained.read(source, out_dir)
+        path, start, _ = pretrained.read(source, out_dir, whole=not sharded)
         check_same_tokenizer(start, tok, path)
         theirs = checkpoint.model_config(start, path)
         least = min(theirs.max_position_embeddings, size.max_position_embeddings)
         size = replace(theirs, max_position_embeddings=least, dropout=dropout)
     # only rank 0 has read it
-    facts = team.share([asdict(size), asdict(state), resumed, start.get("scaler")])
-    size, state, resumed, scaling = GPTConfig(**facts[0]), TrainState(**facts[1]), *facts[2:]
+    shards = None
+    if start and not start["model"]:  # a folder of which each rank reads its part
+        needed = {k: start[k] for k in ("model_args", "optimizer")}
+        shards = {"path": str(path), "rest": needed}
+    facts = team.share([asdict(size), asdict(state), resumed, start.get("scaler"), shards])
+    size, state, resumed, scaling, shards = (
+        GPTConfig(**facts[0]),
+        TrainState(**facts[1]),
+        *facts[2:],
+    )
     context = size.max_position_embeddings
     micro_batch = state.micro_batch or batch_size
     micro_steps = accumulation(tokens_per_step, micro_batch, context, ranks)
@@ -465,8 +477,9 @@ def main() -> None:
     # --- model and optimizer
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(seed)
-    with contextlib.nullcontext() if rank == 0 else checkpoint.SkipInit():  # rank 0's go to all
-        model = checkpoint.build(size, start, path) if start else GPT(size)
+    # rank 0's go to all, unless each reads its own
+    with contextlib.nullcontext() if rank == 0 and not shards else checkpoint.SkipInit():
+        model = checkpoint.build(size, start, path) if start and not shards else GPT(size)
     if rank == 0:
         checkpoint.check_disk(out, **disk_needed(num_parameters(model)))
     flops_per_step = flops_per_token(model) * tokens_per_step
@@ -480,8 +493,13 @@ def main() -> None:
     kernel = choose_attention(model, number)
     optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(where.type, enabled=number == torch.float16)
-    if resumed:
+    if shards:
+        import sharded as parts
+
+        parts.read_into(Path(shards["path"]), model, optimizer if resumed else None, shards["rest"])
+    elif resumed:
         distributed.share_optimizer(team, optimizer, start.get("optimizer", {}))
+    if resumed:
         for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
             group.update(weight_decay=decay, betas=(beta1, beta2))  # as set, not as saved
         if scaling:
@@ -628,7 +646,12 @@ def main() -> None:
     state.wandb_run_id = wandb.run_id
     if wandb.problem:
         say(wandb.problem)
-    saver = checkpoint.Saver(out, keep_last, milestone_interval, writes=rank == 0)
+    writer = None
+    if sharded_checkpoints and sharded:
+        from sharded import Writer
+
+        writer = Writer()
+    saver = checkpoint.Saver(out, keep_last, milestone_interval, rank == 0, writer)
     last_saved, saved_at = state.iter_num if resumed else -1, time.monotonic()
 
     def log(record: dict[str, Any], line: str) -> None:
@@ -665,7 +688,7 @@ def main() -> None:
     bar = tqdm(total=max_iters, initial=state.iter_num, disable=hide, unit="step", leave=False)
     loop_started, first = time.perf_counter(), state.iter_num
     clock_s, clock_steps, left_out = 0.0, 0, 0  # left_out: updates in a row
-    best_before = state.best_val_loss  # of the best.pt before the last one
+    best_before = state.best_val_loss  # of the best one before the last
     model.train()
     while True:
         step = state.iter_num
@@ -795,7 +818,7 @@ def main() -> None:
     if problem:
         raise OSError(f"{problem}; the updates since the last checkpoint are lost")
     if best_failed:
-        raise OSError(f"{best_failed}; all updates are saved, but best.pt is an older one")
+        raise OSError(f"{best_failed}; all updates are saved, but the best one is older")
     again = shlex.join([*team.launcher(), *sys.argv, "--init_from=resume"])  # later flags win
     if failure:
         raise ValueError(f"{failure}. The {state.iter_num} updates so far are saved; then: {again}")

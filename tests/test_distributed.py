@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -314,3 +315,90 @@ def test_a_step_exchanges_each_gradient_once_whatever_the_accumulation(flags, wh
     assert [f["reduced"] for f in found[2:]] == [3 * size] * 2
     # with several micro-steps a block's weights are gathered once a step, not twice
     assert found[3]["gathered"] < found[2]["gathered"]
+
+
+SHARDED = ["--parallel=fsdp", "--sharded_checkpoints=True", "--init_from=auto"]
+
+
+@pytest.fixture(scope="session")
+def in_shards(flags, tmp_path_factory):
+    """The folder of the run on two ranks of which each writes its part of a checkpoint."""
+    out = tmp_path_factory.mktemp("shards") / "out"
+    must(torchrun(2, *flags, *SHARDED, out=out))
+    return out
+
+
+def test_shards_hold_what_a_file_holds(in_shards, whole):
+    names = {p.name.replace(".shards", ".pt") for p in in_shards.iterdir()}
+    assert names == {p.name for p in whole.iterdir()}
+    for name in ("ckpt_50", "best"):
+        a = checkpoint.load(in_shards / f"{name}.shards")
+        b = checkpoint.load(whole / f"{name}.pt")
+        assert a.keys() == b.keys()
+        assert all(a[k] == b[k] for k in ("iter_num", "model_args", "tokenizer", "data"))
+        theirs = checkpoint.clean_state_dict(a["model"])
+        torch.testing.assert_close(theirs, dict(b["model"]), rtol=1e-5, atol=1e-5)
+        assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+        for i, states in b["optimizer"]["state"].items():
+            torch.testing.assert_close(a["optimizer"]["state"][i], states, rtol=1e-4, atol=1e-5)
+    sizes = [p.stat().st_size for p in (in_shards / "ckpt_50.shards").glob("*.safetensors")]
+    assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes), "each rank has written its part"
+
+
+def cut_shards(source, out):
+    """As `cut`, of a run whose checkpoints are folders."""
+    out.mkdir()
+    shutil.copytree(source / "ckpt_30.shards", out / "ckpt_30.shards")
+    (out / "metrics.jsonl").write_bytes((source / "metrics.jsonl").read_bytes())
+    return out
+
+
+def end_of(out):
+    """The last checkpoint as a .pt for assert_same_run."""
+    folder = out / "ckpt_50.shards"
+    if folder.exists():
+        state = checkpoint.load(folder)
+        state["model"] = checkpoint.clean_state_dict(state["model"])
+        checkpoint.save(out / "ckpt_50.pt", state)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [(1, []), (2, ["--parallel=ddp"]), (2, SHARDED), (3, SHARDED), (3, ["--parallel=fsdp"])],
+)
+def test_saved_in_parts_resumed_on_any_number(in_shards, flags, whole, tmp_path, ranks, more):
+    """Parts into parts of another number, into whole models, and from there into one file."""
+    out = cut_shards(in_shards, tmp_path / "out")
+    text = must(torchrun(ranks, *flags, "--init_from=resume", *more, out=out))
+    assert "resumed" in text and "ckpt_30.shards at 30 updates" in text
+    assert (out / "ckpt_50.shards").exists() == (more == SHARDED)
+    assert_same_run(end_of(out), whole)
+
+
+@pytest.mark.slow
+def test_a_file_resumed_in_parts(on_two, flags, tmp_path):
+    out = cut(on_two, tmp_path / "out")
+    must(torchrun(2, *flags, *SHARDED, out=out))
+    assert_same_run(end_of(out), on_two)
+
+
+@pytest.mark.slow
+def test_killed_while_parts_are_written(flags, whole, tmp_path):
+    """Rank 1 dies after it has written its part of one checkpoint, before rank 0 names it."""
+    kill = """
+import signal, sharded
+real = sharded.Writer.written
+def written(self, folder, tensors):
+    if os.environ["RANK"] == "1" and folder.name.startswith("ckpt_50"):
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, folder, tensors)
+sharded.Writer.written = written
+"""
+    out = tmp_path / "out"
+    launcher = ["--standalone", "--max-restarts=1"]
+    text = must(torchrun(2, *flags, *SHARDED, code=kill, out=out, launcher=launcher))
+    assert text.count("resumed ") == 1 and not list(out.glob("*.tmp"))
+    assert_same_run(end_of(out), whole)

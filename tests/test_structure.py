@@ -20,7 +20,8 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
     "runtime": set(),
     "tokenizer": set(),
     "runlog": set(),
-    "checkpoint": {"model"},
+    "checkpoint": {"model", "sharded"},
+    "sharded": set(),
     "distributed": set(),
     "hf": {"model", "tokenizer"},
     "gguf_writer": {"hf", "model"},
@@ -30,7 +31,7 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
     "planner": {"dataloader", "memory", "model", "runtime"},
     "train": {
         *("checkpoint", "configurator", "dataloader", "distributed", "model", "planner"),
-        *("pretrained", "runlog", "runtime", "tokenizer"),
+        *("pretrained", "runlog", "runtime", "sharded", "tokenizer"),
     },
     "sample": {
         *("configurator", "model", "pretrained", "quantization", "runtime", "sampling"),

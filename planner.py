@@ -246,20 +246,22 @@ def ring_seconds(nbytes: float, cards: int, card: Card) -> float:
 def fsdp_peak(training: Training, batch: int, windows: int, cards: int) -> float:
     """Bytes a card at the peak of a step when weights, gradients and moments are sharded (FSDP2).
 
-    Beside its shares a card has the embedding and two layers gathered in 16 bits, and the gradient
-    of the larger in 16 and 32 bits; with several micro-steps, all weights gathered in 16 bits and
-    all gradients in float32 until the last one.
+    Beside its shares a card has embedding, last norm and head with their gradient in float32, and
+    two layers gathered in the type they compute in, with one's gradient in that type and float32.
+    With several micro-steps it has all layers and all gradients until the last one.
     """
     parts = memory.at_peak(replace(training, accumulates=False), batch)
     with torch.device("meta"):
         model = GPT(training.size)
     total, layer = num_parameters(model), num_parameters(model.layers[0])
-    rest = total - training.size.num_hidden_layers * layer
-    gathered = 2 * (rest + 2 * layer) + 6 * max(rest, layer)
+    layers = training.size.num_hidden_layers * layer
+    rest, number = total - layers, training.dtype.itemsize
+    gathered = 8 * rest + (3 * number + 4) * layer
     if batch < windows:
-        gathered = 6 * total
+        gathered = 8 * rest + (number + 4) * layers
     used = parts[memory.ACTIVATIONS] + parts[memory.LOGITS] + parts[memory.WORKSPACE]
-    return used + gathered + 16 * total / cards
+    # when backward begins there are no shards of gradients yet; when it ends, no activations
+    return gathered + max(used + 12 * total / cards, 4 * rest + 16 * total / cards)
 
 
 def scaling_lines(

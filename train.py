@@ -288,6 +288,14 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
 
 
+def why_uncompiled(where: torch.device, flops: float, cannot: str) -> str:
+    """Why a run of so many FLOP is not compiled; "" when it is. cannot: why it could not be."""
+    if compile.lower() != "auto":
+        return "" if compile.lower() == "true" else "as set"
+    short = where.type != "cuda" and flops < CPU_COMPILE_FLOPS
+    return cannot or ("the run is too short for it to pay" if short else "")
+
+
 def data_folder() -> Path:
     """Where the dataset is: under data/, or at a path."""
     return Path(dataset) if os.sep in dataset or "/" in dataset else ROOT / "data" / dataset
@@ -379,9 +387,7 @@ def plan() -> None:
     with torch.device("meta"):
         empty = GPT(size)
     flops = flops_per_token(empty) * tokens_per_step * max_iters
-    pays = where.type == "cuda" or flops >= CPU_COMPILE_FLOPS
-    can = card is not None or not runtime.why_not_compile(where)
-    compiled = compile.lower() == "true" or (compile.lower() == "auto" and can and pays)
+    compiled = not why_uncompiled(where, flops, "" if card else runtime.why_not_compile(where))
     training = planner.Training(
         size, number, where.type, compiled, activation_checkpointing, accumulates=micro_steps > 1
     )
@@ -608,9 +614,8 @@ def main() -> None:
         del room
         agree()
 
-    why_not = runtime.why_not_compile(where)
-    pays = where.type == "cuda" or flops_per_step * max_iters >= CPU_COMPILE_FLOPS
-    if compile.lower() == "true" or (compile.lower() == "auto" and not why_not and pays):
+    why_not = why_uncompiled(where, flops_per_step * max_iters, runtime.why_not_compile(where))
+    if not why_not:
         t0 = time.perf_counter()
         runtime.keep_less()
         compiled = list(model.layers) if sharded else [model]
@@ -631,7 +636,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
     else:
         if compile.lower() == "auto":
-            say(f"compile  off: {why_not or 'the run is too short for it to pay'}")
+            say(f"compile  off: {why_not}")
         if not team.alone:  # what does not fit is found while nobody waits for an exchange
             in_memory(first_step)
             optimizer.zero_grad(set_to_none=True)

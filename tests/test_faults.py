@@ -562,9 +562,9 @@ def test_checkpoints_by_time_and_milestones(script, tiny, tmp_path):
 OOM = """
 import torch, model
 real = model.GPT.forward
-def forward(self, idx, targets=None):
+def forward(self, idx, *args, **kwargs):
     if idx.size(0) > {fits}: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1")
-    return real(self, idx, targets)
+    return real(self, idx, *args, **kwargs)
 model.GPT.forward = forward
 """
 
@@ -626,8 +626,8 @@ def test_a_step_with_a_bad_gradient_is_left_out(tiny, tmp_path, number):
 BAD_LOSS = """
 import model
 real, calls = model.GPT.forward, []
-def forward(self, idx, targets=None):
-    logits, loss = real(self, idx, targets)
+def forward(self, idx, *args, **kwargs):
+    logits, loss = real(self, idx, *args, **kwargs)
     calls.append(self.training)
     return logits, loss * float("nan") if sum(calls) > 14 else loss
 model.GPT.forward = forward

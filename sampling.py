@@ -122,7 +122,7 @@ def compile_decode(model: Model, length: int, freeze: bool = False) -> str:
     return ""
 
 
-class FewRows(nn.Linear):
+class FewRowsLinear(nn.Linear):
     """A linear layer for few rows in float32 on a CPU, where x @ w.T is made for many.
 
     On one with AVX2, w @ x.T was 2.3 times as fast for 2 rows and 1.3 for 64; and the product
@@ -143,10 +143,10 @@ class FewRows(nn.Linear):
 
 
 def for_few_rows(model: nn.Module) -> None:
-    """Have the linear layers of a float32 model on a CPU be FewRows, for texts in small batches."""
+    """Make the linear layers of a float32 model on a CPU FewRowsLinear, for small batches."""
     for layer in model.modules():
         if type(layer) is nn.Linear:
-            layer.__class__ = FewRows
+            layer.__class__ = FewRowsLinear
 
 
 def cache_length(length: int, context: int) -> int:

@@ -218,6 +218,9 @@ class Saver:
 
     def write_best(self, state: Any) -> None:
         self.best_failed = self.try_to_write(f"best{self.suffix}", state)
+        if self.writes and not self.best_failed:  # one of the other kind is an older one
+            with contextlib.suppress(OSError):
+                remove(self.out_dir / f"best{SHARDS if self.suffix == '.pt' else '.pt'}")
 
     def write(self, step: int, state: Any) -> None:
         self.problem = self.try_to_write(f"ckpt_{step}{self.suffix}", state)

@@ -477,7 +477,8 @@ def eval_batches(
     starts = index[rank::ranks] * data.context
     for i in range(0, -(-len(index) // ranks), batch_size):
         rows = data.windows(np.resize(starts[i : i + batch_size], batch_size))
-        x, y = split_windows(host_tensor(rows, device).to(device, non_blocking=True))
-        y = y.clone()  # x has the same memory; always, for the compiler takes strides for fixed
+        tokens = host_tensor(rows, device).to(device, non_blocking=True)
+        # y in memory of its own, but with the strides that training's has, for the compiler
+        (x, _), (_, y) = split_windows(tokens), split_windows(tokens)
         y[len(starts) - i :] = IGNORED
         yield x, y

@@ -235,10 +235,11 @@ def main() -> None:
     path, model, tok, state, problems = pretrained.load(init_from, out_dir)
     for problem in problems:
         print(f"passed over: {problem}", file=sys.stderr)
-    run = path.parent if path.suffix in (".pt", ".shards") else Path(out_dir)
+    ours = path.suffix in (".pt", checkpoint.SHARDS)
+    run = path.parent if ours else Path(out_dir)
     weights, config = published(model, tok)
     Path(output or run / to).parent.mkdir(parents=True, exist_ok=True)
-    name = push.split("/")[-1] or (path if path.is_dir() else run).resolve().name
+    name = push.split("/")[-1] or (path if path.is_dir() and not ours else run).resolve().name
     names: list[str] = []
     if to == "hf":
         target = Path(output or run / "hf")

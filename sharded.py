@@ -1,4 +1,4 @@
-"""Checkpoints that every rank writes its part of: for models that no machine can hold whole.
+"""Checkpoints that every rank writes its part of: when no machine can hold a whole one.
 
 One is a folder, ckpt_<step>.shards: safetensors files, which torch.distributed.checkpoint writes
 and reads on any number of ranks, and rest.json with all that is no tensor and with the size and
@@ -11,6 +11,7 @@ optimizer.I.NAME. Tied weights are there once.
 import json
 import os
 import shutil
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -32,9 +34,12 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from checkpoint import finite, sync_folder
+
 REST = "rest.json"
 HEAD = "model.lm_head.weight"
 PIECE = 1 << 24  # bytes of a file read at a time
+FILE = 1 << 29  # bytes of a file after which the next one begins: it is built in memory
 
 Copied = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -79,25 +84,27 @@ class Writer:
         tensors, rest = copied
         temp = path.with_name(path.name + ".tmp")
         problem = ""
-        if not all(local(t).isfinite().all() for k, t in tensors.items() if k.startswith("model.")):
+        if not all(finite(local(t)) for k, t in tensors.items() if k.startswith("model.")):
             problem = "weights are NaN or infinite"
         if self.rank == 0:
             shutil.rmtree(temp, ignore_errors=True)  # of a process that was killed
         files: dict[str, tuple[int, int]] = {}
         if not any(self.all(problem)):
             try:
-                writer = HuggingFaceStorageWriter(str(temp), save_distributed=True)
+                writer = HuggingFaceStorageWriter(str(temp), numbers(tensors), 1, True)
+                # all is on the CPU; to copy ahead from a GPU it would open the first one
+                writer.per_thread_copy_ahead = 0
                 save(tensors, storage_writer=writer, process_group=self.group)
                 files = self.written(temp, tensors)
-            except (CheckpointException, OSError, RuntimeError, ValueError) as e:
+            except (Exception, CheckpointException) as e:
                 problem = reason(e)
         found = self.all((problem, files))
         if self.rank == 0 and not any(why for why, _ in found):
             rest = rest | {"files": {k: v for _, mine in found for k, v in mine.items()}}
             try:
                 put(path, temp, rest)
-            except OSError as e:
-                problem = str(e)
+            except Exception as e:
+                problem = reason(e)
         if problem := next(filter(None, self.all(problem)), ""):
             if self.rank == 0:
                 shutil.rmtree(temp, ignore_errors=True)
@@ -110,14 +117,30 @@ class Writer:
         return found
 
     def written(self, folder: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
-        """Size and CRC-32 of the files of this rank, once they are found to hold its tensors."""
+        """Size and CRC-32 of this rank's files, once they hold its tensors, bit for bit."""
         paths = list(folder.glob(f"shard-{self.rank + 1:05}-*.safetensors"))
         for path in paths:
-            with safe_open(path, "pt") as file:
-                for name in list(file.keys()):
-                    if not torch.equal(file.get_tensor(name), local(tensors[name])):
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+            with safe_open(path, "pt") as there:
+                for name in list(there.keys()):
+                    if not np.array_equal(bits(there.get_tensor(name)), bits(tensors[name])):
                         raise OSError(f"{path} does not hold what was written to it")
         return {path.name: (path.stat().st_size, crc(path)) for path in paths}
+
+
+def numbers(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """For each tensor the number of its file, from 1."""
+    found, used = {}, 0
+    for name, tensor in tensors.items():
+        found[name] = 1 + used // FILE
+        used += local(tensor).nbytes
+    return found
+
+
+def bits(tensor: Any) -> Any:
+    """The bytes of this rank's part, as a NumPy array: torch's threads are training's."""
+    return local(tensor).contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def reason(e: BaseException) -> str:
@@ -137,17 +160,39 @@ def crc(path: Path) -> int:
 
 
 def put(path: Path, temp: Path, rest: dict[str, Any]) -> None:
-    """Make the folder temp complete and call it `path`, in place of what has that name."""
+    """Make the folder temp complete and call it `path`, in place of what has that name.
+
+    Raises OSError when a rank's file is not here, or a name cannot be changed.
+    """
+    wanted = {name: size for name, (size, _) in rest["files"].items()}
+    for wait_s in (0.1, 1, 5, 0):  # other machines' files may take a moment to be seen
+        if sizes(temp) == wanted:
+            break
+        time.sleep(wait_s)
+    else:
+        raise OSError(f"{temp} has not the files of all ranks; do all see the same file system?")
     with open(temp / REST, "x", encoding="utf-8") as file:
         json.dump(rest, file)
         file.flush()
         os.fsync(file.fileno())
+    sync_folder(temp)
     old = path.with_name(path.name + ".old")
+    if path.exists():  # a folder cannot take the place of another in one step
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+    try:
+        os.replace(temp, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)  # a folder cannot take the place of another in one step
-    os.replace(temp, path)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file with tensors."""
+    return {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -160,14 +205,17 @@ def check(folder: Path) -> dict[str, Any]:
         rest["model"], rest["optimizer"]["state"] = {}, {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{folder} is not a finished checkpoint ({reason(e)})") from e
-    there = {p.name: p.stat().st_size for p in folder.glob("*.safetensors")}
-    if there != {name: size for name, (size, _) in files.items()}:
-        odd = sorted(set(there) ^ set(files)) or [k for k in files if there[k] != files[k][0]]
-        raise ValueError(f"{folder} is damaged: {odd[0]} is missing, too many or of another size")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for name, found in zip(files, threads.map(lambda k: crc(folder / k), files), strict=True):
-            if found != files[name][1]:
-                raise ValueError(f"{folder} is damaged: the checksum of {name} is wrong")
+    try:
+        there = sizes(folder)
+        if there != {name: size for name, (size, _) in files.items()}:
+            odd = sorted(set(there) ^ set(files)) or [k for k in files if there[k] != files[k][0]]
+            raise ValueError(f"{odd[0]} is missing, too many or of another size")
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            sums = dict(zip(files, threads.map(lambda k: crc(folder / k), files), strict=True))
+        if bad := next((k for k, found in sums.items() if found != files[k][1]), ""):
+            raise ValueError(f"the checksum of {bad} is wrong")
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{folder} is damaged: {reason(e)}") from e
     return dict(rest)
 
 
@@ -213,33 +261,35 @@ def read_into(
 
     rest is what `check` has returned. Raises ValueError for one of another model.
     """
-    reader = HuggingFaceStorageReader(str(folder))
-    known = contents(reader)
-    states: dict[int, dict[str, Tensor]] = {}
-    if optimizer:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for name, one in known.items():
-            kind, i, key = (*name.split(".", 2), "")[:3]
-            if kind == "optimizer":
-                p = params[int(i)]
-                like = p if one.size == p.shape else torch.zeros(one.size)
-                states.setdefault(int(i), {})[key] = torch.zeros_like(like, requires_grad=False)
-    wanted = tensors_of(
-        {
-            "model": model.state_dict(),
-            "optimizer": {"state": states},
-            "model_args": rest["model_args"],
-        }
-    )
-    odd = [k for k, t in wanted.items() if k not in known or known[k].size != t.shape]
-    if odd:
-        raise ValueError(
-            f"{folder} does not fit the model: {odd[0]} is missing or of another shape"
-        )
     try:
+        reader = HuggingFaceStorageReader(str(folder))
+        known = contents(reader)
+        states = moments(known, optimizer) if optimizer else {}
+        wanted = tensors_of(
+            {"model": model.state_dict(), "optimizer": {"state": states}}
+            | {"model_args": rest["model_args"]}
+        )
+        odd = [k for k, t in wanted.items() if k not in known or known[k].size != t.shape]
+        if odd:
+            raise ValueError(f"{odd[0]} is missing or of another shape")
         load(wanted, storage_reader=reader)
-    except CheckpointException as e:
-        raise OSError(f"{folder} could not be read ({reason(e)})") from e
-    if optimizer:
-        groups = rest["optimizer"]["param_groups"]
-        optimizer.load_state_dict({"state": states, "param_groups": groups})
+        if optimizer:
+            groups = rest["optimizer"]["param_groups"]
+            optimizer.load_state_dict({"state": states, "param_groups": groups})
+    except (Exception, CheckpointException) as e:
+        raise ValueError(f"{folder} does not fit the model or was not read: {reason(e)}") from e
+
+
+def moments(
+    known: dict[str, TensorStorageMetadata], optimizer: torch.optim.Optimizer
+) -> dict[int, dict[str, Tensor]]:
+    """Room for the states that a checkpoint has for an optimizer's parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, one in known.items():
+        kind, i, key = (*name.split(".", 2), "")[:3]
+        if kind == "optimizer":
+            p = params[int(i)]
+            like = p if one.size == p.shape else torch.zeros(one.size)
+            states.setdefault(int(i), {})[key] = torch.zeros_like(like, requires_grad=False)
+    return states

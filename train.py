@@ -375,7 +375,7 @@ def plan() -> None:
     size = size_as_set(read_meta(folder))
     source = starts_from(Path(out_dir))
     if source != "scratch":
-        path, start, _ = pretrained.read(source, out_dir)
+        path, start, _ = pretrained.read(source, out_dir, whole=False)
         size = checkpoint.model_config(start, path)
         if source != "resume":
             least = min(size.max_position_embeddings, max_position_embeddings)
@@ -463,7 +463,7 @@ def main() -> None:
         size = replace(theirs, max_position_embeddings=least, dropout=dropout)
     # only rank 0 has read it
     shards = None
-    if start and not start["model"]:  # a folder of which each rank reads its part
+    if sharded and path.suffix == checkpoint.SHARDS:  # each rank reads its part
         needed = {k: start[k] for k in ("model_args", "optimizer")}
         shards = {"path": str(path), "rest": needed}
     facts = team.share([asdict(size), asdict(state), resumed, start.get("scaler"), shards])

@@ -179,6 +179,73 @@ def test_a_save_that_fails_leaves_the_old_one(writer, tmp_path, monkeypatch):
     assert checkpoint.load(best)["iter_num"] == 3
 
 
+def test_a_name_that_cannot_be_changed_brings_the_old_one_back(writer, tmp_path, monkeypatch):
+    """On Windows, where a scanner has the new files open."""
+    model, optimizer = trained()
+    best = tmp_path / "best.shards"
+    writer.save(best, writer.copy(state_of(model, optimizer, 3)))
+    real = sharded.os.replace
+
+    def replace(a, b):
+        if str(a).endswith(".tmp"):
+            raise PermissionError(13, "in use")
+        real(a, b)
+
+    monkeypatch.setattr(sharded.os, "replace", replace)
+    with pytest.raises(OSError, match="in use"):
+        writer.save(best, writer.copy(state_of(model, optimizer, 5)))
+    assert checkpoint.load(best)["iter_num"] == 3
+
+
+def test_what_was_written_is_read_again(writer, tmp_path, monkeypatch):
+    """A header that the disk has spoilt, other values, a file that rank 0 does not see."""
+    model, optimizer = trained()
+    monkeypatch.setattr(sharded.time, "sleep", lambda s: None)
+    real = sharded.save
+
+    def spoil(how):
+        def save(tensors, storage_writer, process_group):
+            real(tensors, storage_writer=storage_writer, process_group=process_group)
+            how(next((tmp_path / "a.shards.tmp").glob("*.safetensors")))
+
+        return save
+
+    def change(path):
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 4
+        path.write_bytes(data)
+
+    for how in (lambda path: path.write_bytes(b"\xff" * 64), change):
+        monkeypatch.setattr(sharded, "save", spoil(how))
+        with pytest.raises(OSError, match="could not write"):
+            writer.save(tmp_path / "a.shards", writer.copy(state_of(model, optimizer)))
+    monkeypatch.setattr(sharded, "save", real)
+    monkeypatch.setattr(sharded, "sizes", lambda folder: {})
+    with pytest.raises(OSError, match="same file system"):
+        writer.save(tmp_path / "a.shards", writer.copy(state_of(model, optimizer)))
+    assert not any(tmp_path.iterdir())
+
+
+def test_large_states_go_into_several_files(writer, tmp_path, monkeypatch):
+    """A file is built in memory before it is written."""
+    monkeypatch.setattr(sharded, "FILE", 20_000)
+    model, optimizer = trained()
+    writer.save(tmp_path / "a.shards", writer.copy(state_of(model, optimizer)))
+    sizes = sharded.sizes(tmp_path / "a.shards").values()
+    assert len(sizes) > 5 and max(sizes) < 50_000
+    back = checkpoint.load(tmp_path / "a.shards")
+    assert checkpoint.load_model(tmp_path / "a.shards", back).config == model.config
+
+
+def test_the_best_of_the_other_kind_goes(writer, tmp_path):
+    state = state_of(*trained())
+    for shards, name in ((None, "best.pt"), (writer, "best.shards"), (None, "best.pt")):
+        saver = checkpoint.Saver(tmp_path, 1, shards=shards)
+        saver.save_best(state)
+        saver.wait()
+        assert [p.name for p in tmp_path.iterdir()] == [name] and not saver.unsaid
+
+
 def test_killed_between_two_renames(writer, tmp_path, monkeypatch):
     """The new folder was to take the old one's name: one of them is there after tidying up."""
     model, optimizer = trained()
@@ -211,12 +278,19 @@ def test_another_model_is_refused(writer, tmp_path):
         sharded.read_into(folder, other, None, rest)
 
 
-def test_every_script_takes_shards(writer, tmp_path, script):
+def test_every_script_takes_shards(writer, tmp_path, script, dataset):
     model, optimizer = trained(vocab_size=320)
     writer.save(tmp_path / "best.shards", writer.copy(state_of(model, optimizer)))
     flags = ["--num_samples=1", "--max_new_tokens=3", "--start=a", "--device=cpu"]
     for init in (f"--init_from={tmp_path / 'best.shards'}", "--init_from=resume"):
         result = script("sample.py", init, f"--out_dir={tmp_path}", *flags)
         assert result.code == 0 and result.out.startswith("a"), result.err
-    result = script("export.py", "--to=easygpt", f"--init_from={tmp_path / 'best.shards'}")
-    assert result.code == 0 and (tmp_path / "easygpt.pt").exists(), result.err
+    for to, name in (("easygpt", "easygpt.pt"), ("hf", "hf/model.safetensors")):
+        result = script("export.py", f"--to={to}", f"--init_from={tmp_path / 'best.shards'}")
+        assert result.code == 0 and (tmp_path / name).exists(), result.err
+    card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert tmp_path.name in card and ".shards" not in card
+    dry = ["--dry_run=True", f"--init_from={tmp_path / 'best.shards'}", f"--dataset={dataset}"]
+    dry += ["--tokens_per_step=32", "--batch_size=1", "--max_iters=1", "--warmup_iters=0"]
+    result = script("train.py", *dry, "--device=RTX3090", f"--out_dir={tmp_path / 'new'}")
+    assert result.code == 0 and "context 32, vocab 320" in result.out, result.err

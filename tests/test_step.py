@@ -6,6 +6,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.decomposition import select_decomp_table
 
+from dataloader import TokenData, eval_batches, split_windows
 from model import GPT, GPTConfig
 
 SIZE = GPTConfig(
@@ -32,17 +33,20 @@ def fresh():
     torch._dynamo.reset()
 
 
-def test_one_graph_for_training_and_one_for_evaluation():
+def test_one_graph_for_training_and_one_for_evaluation(dataset):
     """No graph break (fullgraph would raise), and no recompile after the first step of each."""
     counter = CompileCounter()
+    data = TokenData(dataset, "val", T, SIZE.vocab_size)
     model = torch.compile(GPT(SIZE), backend=counter, fullgraph=True)
     for _ in range(3):
         for _ in range(4):
-            model(tokens(), tokens())[1].backward()
+            ids = torch.randint(SIZE.vocab_size, (B, T + 1), dtype=torch.int16)
+            model(*split_windows(ids), loss_only=True)[1].backward()
         model.eval()
         with torch.no_grad():
-            for _ in range(2):
-                model(tokens(), tokens())
+            for x, y in eval_batches(data, 2 * B - 1, B, torch.device("cpu")):  # the last one short
+                model(x, y, loss_only=True)
+                assert x.stride() == y.stride() == (T + 1, 1), "as training has them"
         model.train()
     assert counter.frame_count == 2
 

@@ -21,7 +21,7 @@ ALLOWED = {  # scripts never import scripts; what reads and writes models may im
     "tokenizer": set(),
     "runlog": set(),
     "checkpoint": {"model", "sharded"},
-    "sharded": set(),
+    "sharded": {"checkpoint"},
     "distributed": set(),
     "hf": {"model", "tokenizer"},
     "gguf_writer": {"hf", "model"},

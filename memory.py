@@ -86,13 +86,18 @@ class Ledger:
         self.moments.append(self.now.copy())
 
     def segments(self, turn: int) -> list[Tensor]:
-        """The moments of the forward pass, which ends at `turn`, and of the backward's two halves.
+        """The moments of the forward pass, which ends at `turn`, and of three parts of backward.
 
-        Each (moments, 2 x parts) float64: fixed bytes, then bytes a window.
+        These are the loss and the head, until logits and their gradient are gone, and two halves
+        of the rest. Each (moments, 2 x parts) float64: fixed bytes, then bytes a window.
         """
         moments = torch.tensor(self.moments, dtype=torch.float64)
-        half = (turn + len(moments)) // 2
-        return [moments[:turn], moments[turn:half], moments[half:]]
+        i, last = PARTS.index(LOGITS), len(moments) - 1
+        there = (moments[turn:, i] + moments[turn:, i + len(PARTS)]).nonzero()
+        gone = min(last, turn + int(there[-1]) + 1) if len(there) else turn
+        half = max(gone + 1, (gone + last) // 2)
+        parts = [moments[:turn], moments[turn:gone], moments[gone:half], moments[half:]]
+        return [part if len(part) else moments[-1:] for part in parts]
 
     def part_of(self, t: Tensor, part: str) -> str:
         """`part`, or the logits' when the tensor has their size."""
@@ -391,9 +396,9 @@ def states(size: GPTConfig) -> dict[str, int]:
 def at_peak(training: Training, batch: int) -> dict[str, float]:
     """Bytes by part at the moment of a training step, of so many windows, when most are in use.
 
-    The graph is traced at two depths. Its peaks in the forward pass, in the half of the backward
-    pass where activations are most, and in the half where gradients are most, grow with each layer
-    by the same amount.
+    The graph is traced at two depths. Its peaks in the forward pass, in the loss, in the half of
+    the layers' backward pass where activations are most, and in the half where gradients are most,
+    grow with each layer by the same amount.
     """
     fixed = dict(states(training.size))
     if not training.accumulates:

@@ -247,7 +247,7 @@ def fsdp_peak(training: Training, batch: int, windows: int, cards: int) -> float
     """Bytes a card at the peak of a step when weights, gradients and moments are sharded (FSDP2).
 
     Beside its shares a card has embedding, last norm and head with their gradient in float32, and
-    two layers gathered in the type they compute in, with one's gradient in that type and float32.
+    two layers gathered in the type they compute in, with their gradients in that type and float32.
     With several micro-steps it has all layers and all gradients until the last one.
     """
     parts = memory.at_peak(replace(training, accumulates=False), batch)
@@ -256,7 +256,7 @@ def fsdp_peak(training: Training, batch: int, windows: int, cards: int) -> float
     total, layer = num_parameters(model), num_parameters(model.layers[0])
     layers = training.size.num_hidden_layers * layer
     rest, number = total - layers, training.dtype.itemsize
-    gathered = 8 * rest + (3 * number + 4) * layer
+    gathered = 8 * rest + 2 * (2 * number + 4) * layer
     if batch < windows:
         gathered = 8 * rest + (number + 4) * layers
     used = parts[memory.ACTIVATIONS] + parts[memory.LOGITS] + parts[memory.WORKSPACE]

@@ -463,7 +463,7 @@ def main() -> None:
         size = replace(theirs, max_position_embeddings=least, dropout=dropout)
     # only rank 0 has read it
     shards = None
-    if sharded and path.suffix == checkpoint.SHARDS:  # each rank reads its part
+    if start and sharded and path.suffix == checkpoint.SHARDS:  # each rank reads its part
         needed = {k: start[k] for k in ("model_args", "optimizer")}
         shards = {"path": str(path), "rest": needed}
     facts = team.share([asdict(size), asdict(state), resumed, start.get("scaler"), shards])

@@ -477,7 +477,7 @@ sys.exit(0)
 
 @pytest.mark.slow
 def test_the_planned_memory_of_shards_is_what_a_rank_takes(tmp_path):
-    """Of the last step; the plan may be above, since it takes the two largest moments for one."""
+    """Of the last step; the plan takes the largest moments for one, and ranks free with delay."""
     text = must(torchrun(2, code=PEAK, out=tmp_path / "out"))
     shares = json.loads(text.split("FOUND ")[1].splitlines()[0])
-    assert len(shares) == 4 and all(0.7 < share < 1.1 for share in shares), shares
+    assert len(shares) == 4 and all(0.55 < share < 1.15 for share in shares), shares

@@ -34,7 +34,9 @@ def measured(training, batch):
 
     def update():
         for _ in range(2 if training.accumulates else 1):
-            x = torch.randint(0, training.size.vocab_size, (batch, 64))
+            x = torch.randint(
+                0, training.size.vocab_size, (batch, training.size.max_position_embeddings)
+            )
             with runtime.autocast(torch.device("cpu"), training.dtype):
                 loss = model(x, x, loss_only=True)[1]
             loss.backward()
@@ -70,6 +72,14 @@ def test_planned_memory_is_what_an_eager_update_takes(
     parts = memory.at_peak(training, batch)
     assert min(parts.values()) >= 0
     assert sum(parts.values()) == pytest.approx(measured(training, batch), rel=0.05)
+
+
+def test_planned_memory_where_the_vocabulary_is_most_of_it():
+    """The uncompiled loss then makes most of the moments of backward, while all layers are kept."""
+    size = replace(SIZE, vocab_size=50304, max_position_embeddings=256)
+    training = Training(size, torch.float32, "cpu", False, False, False)
+    planned = sum(memory.at_peak(training, 2).values())
+    assert planned == pytest.approx(measured(training, 2), rel=0.02)
 
 
 def test_planned_memory_of_the_compiled_graph():

@@ -1,9 +1,9 @@
 """Checkpoints: written whole or not at all, checked before they are believed, read without pickle.
 
 A checkpoint is one torch.save file of tensors and plain values, or a folder with the same contents
-in parts (sharded.py). Its keys `model`, `optimizer`,
-`model_args`, `iter_num`, `best_val_loss` and `config` mean what they mean in nanoGPT's and
-EasyGPT's files; `tokenizer` and `train_state` are ours.
+in parts (sharded.py). Its keys `model`, `optimizer`, `model_args`, `iter_num`, `best_val_loss` and
+`config` mean what they mean in nanoGPT's and EasyGPT's files; `tokenizer` and `train_state` are
+ours.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ PREFIXES = ("_orig_mod.", "module.", "model.")  # of torch.compile, DDP and Hugg
 RENAMED_KEYS = {"post_attetion_layernorm": "post_attention_layernorm"}  # EasyGPT's files
 RENAMED_ARGS = {"norm_eps": "rms_norm_eps"}
 SHARDS = ".shards"  # of a folder that holds a checkpoint in parts
+KINDS = (".pt", SHARDS)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -219,8 +220,9 @@ class Saver:
     def write_best(self, state: Any) -> None:
         self.best_failed = self.try_to_write(f"best{self.suffix}", state)
         if self.writes and not self.best_failed:  # one of the other kind is an older one
-            with contextlib.suppress(OSError):
-                remove(self.out_dir / f"best{SHARDS if self.suffix == '.pt' else '.pt'}")
+            for other in {*KINDS} - {self.suffix}:
+                with contextlib.suppress(OSError):
+                    remove(self.out_dir / f"best{other}")
 
     def write(self, step: int, state: Any) -> None:
         self.problem = self.try_to_write(f"ckpt_{step}{self.suffix}", state)
@@ -298,10 +300,9 @@ def load(path: Path, whole: bool = True) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a hostile pickle can fail in any way
-        why = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(
             f"{path} is not a checkpoint of tensors and plain values and was not read; "
-            f"loading it could run code that it contains ({why})"
+            f"loading it could run code that it contains ({reason(e)})"
         ) from e
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a checkpoint")
@@ -316,15 +317,20 @@ def load(path: Path, whole: bool = True) -> dict[str, Any]:
     return state
 
 
+def reason(e: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(e) or type(e).__name__).splitlines()[0]
+
+
 def checkpoints(out_dir: Path) -> list[Path]:
     """Every checkpoint of a run in a folder."""
-    best = (out_dir / f"best{suffix}" for suffix in (".pt", SHARDS))
+    best = (out_dir / f"best{suffix}" for suffix in KINDS)
     return [path for _, path in steps_saved(out_dir)] + [path for path in best if path.exists()]
 
 
 def holds_run(out_dir: Path) -> bool:
     """Whether a folder has a checkpoint, by whatever name."""
-    return any(any(out_dir.glob(f"*{suffix}")) for suffix in (".pt", SHARDS))
+    return any(any(out_dir.glob(f"*{suffix}")) for suffix in KINDS)
 
 
 def remove(path: Path) -> None:
@@ -337,8 +343,9 @@ def remove(path: Path) -> None:
 
 def tidy(out_dir: Path) -> None:
     """Finish or remove what a process that was killed while it wrote has left in a folder."""
-    for temp in [*out_dir.glob("*.pt.tmp"), *out_dir.glob(f"*{SHARDS}.tmp")]:
-        remove(temp)
+    for suffix in KINDS:
+        for temp in out_dir.glob(f"*{suffix}.tmp"):
+            remove(temp)
     for old in out_dir.glob(f"*{SHARDS}.old"):  # its successor was to take its place
         if old.with_suffix("").exists():
             remove(old)
@@ -360,8 +367,8 @@ def load_newest(out_dir: Path, whole: bool = True) -> tuple[Path, dict[str, Any]
 
     whole is `load`'s. Raises FileNotFoundError when there is none, ValueError when all are bad.
     """
-    paths = checkpoints(out_dir)
-    paths += [p for p in (out_dir / "ckpt.pt",) if p.exists()]
+    nanogpts = out_dir / "ckpt.pt"
+    paths = checkpoints(out_dir) + [nanogpts] * nanogpts.exists()
     if not paths:
         raise FileNotFoundError(
             f"no checkpoint in {out_dir}; train one first (python train.py ... "

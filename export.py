@@ -235,7 +235,7 @@ def main() -> None:
     path, model, tok, state, problems = pretrained.load(init_from, out_dir)
     for problem in problems:
         print(f"passed over: {problem}", file=sys.stderr)
-    ours = path.suffix in (".pt", checkpoint.SHARDS)
+    ours = path.suffix in checkpoint.KINDS
     run = path.parent if ours else Path(out_dir)
     weights, config = published(model, tok)
     Path(output or run / to).parent.mkdir(parents=True, exist_ok=True)

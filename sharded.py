@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from checkpoint import finite, sync_folder
+from checkpoint import finite, reason, sync_folder
 
 REST = "rest.json"
 HEAD = "model.lm_head.weight"
@@ -97,14 +97,14 @@ class Writer:
                 save(tensors, storage_writer=writer, process_group=self.group)
                 files = self.written(temp, tensors)
             except (Exception, CheckpointException) as e:
-                problem = reason(e)
+                problem = failure(e)
         found = self.all((problem, files))
         if self.rank == 0 and not any(why for why, _ in found):
             rest = rest | {"files": {k: v for _, mine in found for k, v in mine.items()}}
             try:
                 put(path, temp, rest)
             except Exception as e:
-                problem = reason(e)
+                problem = failure(e)
         if problem := next(filter(None, self.all(problem)), ""):
             if self.rank == 0:
                 shutil.rmtree(temp, ignore_errors=True)
@@ -143,11 +143,11 @@ def bits(tensor: Any) -> Any:
     return local(tensor).contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def reason(e: BaseException) -> str:
+def failure(e: BaseException) -> str:
     """An error in one line; of those that ranks have had in DCP, one."""
     if isinstance(e, CheckpointException):
         e = next(iter(e.failures.values()))[0]
-    return (str(e) or type(e).__name__).splitlines()[0]
+    return reason(e)
 
 
 def crc(path: Path) -> int:
@@ -204,7 +204,7 @@ def check(folder: Path) -> dict[str, Any]:
             raise ValueError("model_args or optimizer is no object")
         rest["model"], rest["optimizer"]["state"] = {}, {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{folder} is not a finished checkpoint ({reason(e)})") from e
+        raise ValueError(f"{folder} is not a finished checkpoint ({failure(e)})") from e
     try:
         there = sizes(folder)
         if there != {name: size for name, (size, _) in files.items()}:
@@ -215,7 +215,7 @@ def check(folder: Path) -> dict[str, Any]:
         if bad := next((k for k, found in sums.items() if found != files[k][1]), ""):
             raise ValueError(f"the checksum of {bad} is wrong")
     except (OSError, ValueError) as e:
-        raise ValueError(f"{folder} is damaged: {reason(e)}") from e
+        raise ValueError(f"{folder} is damaged: {failure(e)}") from e
     return dict(rest)
 
 
@@ -250,7 +250,7 @@ def read(folder: Path) -> dict[str, Any]:
                 i, _, key = key.partition(".")
                 state["optimizer"]["state"].setdefault(int(i), {})[key] = tensor
     except (Exception, CheckpointException) as e:  # a hostile file can fail in any way
-        raise ValueError(f"{folder} was not read ({reason(e)})") from e
+        raise ValueError(f"{folder} was not read ({failure(e)})") from e
     return state
 
 
@@ -277,7 +277,7 @@ def read_into(
             groups = rest["optimizer"]["param_groups"]
             optimizer.load_state_dict({"state": states, "param_groups": groups})
     except (Exception, CheckpointException) as e:
-        raise ValueError(f"{folder} does not fit the model or was not read: {reason(e)}") from e
+        raise ValueError(f"{folder} does not fit the model or was not read: {failure(e)}") from e
 
 
 def moments(

@@ -500,9 +500,9 @@ def main() -> None:
     optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(where.type, enabled=number == torch.float16)
     if shards:
-        import sharded as parts
+        from sharded import read_into  # few need it, and it takes a second
 
-        parts.read_into(Path(shards["path"]), model, optimizer if resumed else None, shards["rest"])
+        read_into(Path(shards["path"]), model, optimizer if resumed else None, shards["rest"])
     elif resumed:
         distributed.share_optimizer(team, optimizer, start.get("optimizer", {}))
     if resumed:

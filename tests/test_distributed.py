@@ -385,22 +385,28 @@ def test_a_file_resumed_in_parts(on_two, flags, tmp_path):
     assert_same_run(end_of(out), on_two)
 
 
-@pytest.mark.slow
-def test_killed_while_parts_are_written(flags, whole, tmp_path):
-    """Rank 1 dies after it has written its part of one checkpoint, before rank 0 names it."""
-    kill = """
+WRITTEN = """
 import signal, sharded
 real = sharded.Writer.written
 def written(self, folder, tensors):
-    if os.environ["RANK"] == "1" and folder.name.startswith("ckpt_50"):
-        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ["RANK"] == "1" and folder.name.startswith("ckpt_{step}"):
+        {do}
     return real(self, folder, tensors)
 sharded.Writer.written = written
 """
-    out = tmp_path / "out"
-    launcher = ["--standalone", "--max-restarts=1"]
-    text = must(torchrun(2, *flags, *SHARDED, code=kill, out=out, launcher=launcher))
+
+
+@pytest.mark.slow
+def test_killed_while_parts_are_written(flags, whole, tmp_path):
+    """Rank 1 dies after it has written its part of one checkpoint, before rank 0 names it."""
+    kill = (
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    process = torchrun(
+        2, *flags, *SHARDED, code=WRITTEN.format(step=50, do=kill), out=tmp_path / "out",
+        launcher=["--standalone", "--max-restarts=1"],
+    )  # fmt: skip
+    text, out = must(process), tmp_path / "out"
     assert text.count("resumed ") == 1 and not list(out.glob("*.tmp"))
     assert_same_run(end_of(out), whole)
 
@@ -408,15 +414,7 @@ sharded.Writer.written = written
 @pytest.mark.slow
 def test_one_rank_that_cannot_write_its_part_stops_nothing(flags, whole, tmp_path):
     """All ranks learn of it, keep the old checkpoints, say so once, and save the next one."""
-    code = """
-import sharded
-real = sharded.Writer.written
-def written(self, folder, tensors):
-    if os.environ["RANK"] == "1" and folder.name.startswith("ckpt_30"):
-        raise OSError(28, "No space left on device")
-    return real(self, folder, tensors)
-sharded.Writer.written = written
-"""
+    code = WRITTEN.format(step=30, do="raise OSError(28, 'No space left on device')")
     out = tmp_path / "out"
     text = must(torchrun(2, *flags, *SHARDED, code=code, out=out))
     assert text.count("No space left on device; training goes on without a new checkpoint") == 1
@@ -427,16 +425,14 @@ sharded.Writer.written = written
 
 @pytest.mark.slow
 def test_a_new_run_from_parts_with_a_smaller_context(in_shards, flags, tmp_path):
-    base = ["--max_position_embeddings=16", "--max_iters=3", "--eval_interval=3", *flags]
-    lines = []
+    short = ["--max_position_embeddings=16", "--max_iters=3", "--eval_interval=3"]
+    short.append(f"--init_from={in_shards / 'best.shards'}")
+    found = []
     for ranks, more in ((2, SHARDED[:2]), (1, [])):
         out = tmp_path / str(ranks)
-        more = [*more, f"--init_from={in_shards / 'best.shards'}"]
-        run = torchrun(ranks, *flags, *base[:3], *more, out=out)
-        text = must(run)
-        assert "context 16" in text
-        lines.append(losses(out))
-    assert list(lines[0].values()) == pytest.approx(list(lines[1].values()), rel=1e-5)
+        assert "context 16" in must(torchrun(ranks, *flags, *more, *short, out=out))
+        found.append(list(losses(out).values()))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 PEAK = """

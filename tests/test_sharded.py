@@ -107,7 +107,7 @@ def cut(folder):
 DAMAGE = {
     "a bit": (flip, "checksum"),
     "a file too many": (add, "more.safetensors"),
-    "a cut file": (cut, "another size|other size|of another"),
+    "a cut file": (cut, "of another size"),
     "no file": (lambda folder: next(folder.glob("*.safetensors")).unlink(), "missing"),
     "not finished": (lambda folder: (folder / "rest.json").unlink(), "not a finished"),
     "no object": (
@@ -206,16 +206,14 @@ def test_what_was_written_is_read_again(writer, tmp_path, monkeypatch):
     def spoil(how):
         def save(tensors, storage_writer, process_group):
             real(tensors, storage_writer=storage_writer, process_group=process_group)
-            how(next((tmp_path / "a.shards.tmp").glob("*.safetensors")))
+            how(tmp_path / "a.shards.tmp")
 
         return save
 
-    def change(path):
-        data = bytearray(path.read_bytes())
-        data[-9] ^= 4
-        path.write_bytes(data)
+    def no_header(folder):
+        next(folder.glob("*.safetensors")).write_bytes(b"\xff" * 64)
 
-    for how in (lambda path: path.write_bytes(b"\xff" * 64), change):
+    for how in (no_header, flip):
         monkeypatch.setattr(sharded, "save", spoil(how))
         with pytest.raises(OSError, match="could not write"):
             writer.save(tmp_path / "a.shards", writer.copy(state_of(model, optimizer)))

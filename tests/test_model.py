@@ -380,22 +380,40 @@ def test_an_empty_prompt_is_refused():
         m.generate(torch.zeros(1, 0, dtype=torch.int64), 5)
 
 
+def rows_of_logits(dtype):
+    """Logits, targets of which some do not count, torch's loss of them and 3 times its gradient."""
+    logits = (5 * torch.randn(40, 131)).to(dtype).requires_grad_()
+    targets = torch.randint(0, 131, (40,))
+    targets[::3] = IGNORE_INDEX
+    plain = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX)
+    return logits, targets, plain, torch.autograd.grad(3 * plain, logits)[0]
+
+
+ONE_BIT = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_loss_is_the_plain_one(dtype):
+    """By inductor itself: value and gradient, with targets that do not count."""
+    logits, targets, plain, expected = rows_of_logits(dtype)
+    for spend in (False, True):
+        ours = torch.compile(CrossEntropy.apply, fullgraph=True)(logits, targets, spend)
+        assert ours.dtype == torch.float32 and ours.item() == pytest.approx(plain.item(), rel=1e-6)
+        found = torch.autograd.grad(3 * ours, logits)[0]
+        torch.testing.assert_close(found, expected, rtol=ONE_BIT[dtype], atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 131 * 7, 2**22])
 def test_the_uncompiled_loss_is_the_plain_one(monkeypatch, chunk, dtype):
     """Value and gradient, whatever the number of rows at a time, with targets that do not count."""
     monkeypatch.setattr(model_file, "LOSS_CHUNK", chunk)
-    logits = (5 * torch.randn(40, 131)).to(dtype).requires_grad_()
-    targets = torch.randint(0, 131, (40,))
-    targets[::3] = IGNORE_INDEX
-    plain = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX)
-    expected = torch.autograd.grad(3 * plain, logits)[0]
-    one_bit = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
+    logits, targets, plain, expected = rows_of_logits(dtype)
     for spend in (False, True):
         ours = CrossEntropy.apply(logits, targets, spend)
         assert ours.dtype == torch.float32 and ours.item() == pytest.approx(plain.item(), rel=1e-6)
         found = torch.autograd.grad(3 * ours, logits, retain_graph=True)[0]
-        torch.testing.assert_close(found, expected, rtol=one_bit, atol=1e-8)
+        torch.testing.assert_close(found, expected, rtol=ONE_BIT[dtype], atol=1e-8)
         assert (found.data_ptr() == logits.data_ptr()) == spend
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         ours.backward()  # once more: what it needs is gone, and it says so

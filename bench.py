@@ -18,6 +18,7 @@ ranks: training on two processes, a core each, against one on one core, at the s
 startup: from typing a command to train.py's first step and to sample.py's first token.
 """
 
+import contextlib
 import copy
 import dataclasses
 import importlib.util
@@ -329,11 +330,13 @@ class Trainer:
     def __init__(self, name: str, compiled: bool, shape: Shape, dtype: str) -> None:
         import torch
 
+        import runtime
         from model import configure_optimizer
 
-        self.name = f"{Path(name).parent.name if name.endswith('.py') else name}, " + (
-            "compiled" if compiled else "eager"
-        )
+        ours = name == "ours"
+        if ours:
+            runtime.keep_freed_memory()
+        runtime.keep_less(ours)
         self.model, self.loss = build(name, shape.size)
         if hasattr(self.model, "configure_optimizers"):
             self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
@@ -343,15 +346,11 @@ class Trainer:
         self.x = torch.randint(0, 50257, (shape.batch, shape.context))
         self.y = torch.randint(0, 50257, (shape.batch, shape.context))
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-        self.seconds: list[float] = []
 
-    def step(self) -> None:
-        """Forward, backward, clip, update."""
+    def step(self) -> float:
+        """Forward, backward, clip, update; the seconds that they took."""
         import torch
 
-        import runtime
-
-        runtime.keep_less(self.name.startswith("ours"))  # read by the first step, which compiles
         t0 = time.perf_counter()
         with self.autocast:
             loss = self.loss(self.net, self.x, self.y)
@@ -359,7 +358,49 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.seconds.append(time.perf_counter() - t0)
+        return time.perf_counter() - t0
+
+
+class Runner:
+    """A Trainer in a process of its own, as train.py is one: what it sets is not the others'."""
+
+    def __init__(self, name: str, compiled: bool, shape: Shape, dtype: str) -> None:
+        short = Path(name).parent.name if name.endswith(".py") else name
+        self.name = f"{short}, {'compiled' if compiled else 'eager'}"
+        call = f"import bench; bench.make_steps({name!r}, {compiled}, bench.{shape}, {dtype!r})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", call],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        """One more step, once it is its turn. Raises ValueError when the process has died."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            print(file=self.process.stdin, flush=True)
+            self.seconds.append(float(self.process.stdout.readline()))
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{self.name} made no step; its error is above") from e
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def make_steps(name: str, compiled: bool, shape: Shape, dtype: str) -> None:
+    """Make a training step for each line of stdin, and print its seconds."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # peers print, too
+    trainer = Trainer(name, compiled, shape, dtype)
+    for _ in sys.stdin:
+        print(trainer.step(), file=answers, flush=True)
 
 
 def peak_memory(name: str, compiled: bool, shape: Shape, dtype: str) -> int:
@@ -404,38 +445,40 @@ def bench_train(folder: Path) -> None:
     names = ["ours", "transformers", *filter(None, peer.split(","))]
     modes = {"eager": [False], "compiled": [True], "both": [False, True]}[mode]
     kinds = [(n, compiled) for compiled in modes for n in names]
-    trainers = [Trainer(n, compiled, shape, dtype) for n, compiled in kinds]
-    train_in_turn(trainers)
+    runners = run_in_turn([(n, compiled, shape) for n, compiled in kinds])
     flops = flops_per_token(GPT(shape.size)) * batch * context
     top = matmul_peak(dtype)
     print(f"\n{shape}, {dtype}; median of {3 * repeats} steps, in turn")
     print("| model | tokens/s | times the last | of matmul peak | peak tensor MB |")
     print("|---|---|---|---|---|")
-    last, bars = trainers[-1].seconds, []
-    for trainer, (name, compiled) in zip(trainers, kinds, strict=True):
-        seconds = statistics.median(trainer.seconds)
-        ratio = statistics.median(b / a for a, b in zip(trainer.seconds, last, strict=True))
+    last, bars = runners[-1].seconds, []
+    for runner, (name, compiled) in zip(runners, kinds, strict=True):
+        seconds = statistics.median(runner.seconds)
+        ratio = statistics.median(b / a for a, b in zip(runner.seconds, last, strict=True))
         peak = measured_peak(name, compiled, shape, folder)
-        bars.append((trainer.name, batch * context / seconds))
+        bars.append((runner.name, batch * context / seconds))
         print(
-            f"| {trainer.name} | {batch * context / seconds:,.0f} | {ratio:.2f} | "
+            f"| {runner.name} | {batch * context / seconds:,.0f} | {ratio:.2f} | "
             f"{flops / seconds / top:.0%} | {peak / 1e6:,.0f} |",
             flush=True,
         )
     picture(png, f"training, tokens/s, {shape}, {dtype}", bars)
 
 
-def train_in_turn(trainers: list[Trainer]) -> None:
+def run_in_turn(kinds: Sequence[tuple[str, bool, Shape]]) -> list[Runner]:
     """Two steps of each that do not count, then `repeats` rounds of three."""
-    for trainer in trainers:
-        trainer.step()
-        trainer.step()
-        print(f"{trainer.name}: first step {trainer.seconds[0]:.1f} s", flush=True)
-        trainer.seconds.clear()
-    for _ in range(repeats):
-        for trainer in trainers:
-            for _ in range(3):
-                trainer.step()
+    with contextlib.ExitStack() as running:
+        runners = [running.enter_context(Runner(*kind, dtype)) for kind in kinds]
+        for runner in runners:
+            runner.step()
+            runner.step()
+            print(f"{runner.name}: first step {runner.seconds[0]:.1f} s", flush=True)
+            runner.seconds.clear()
+        for _ in range(repeats):
+            for runner in runners:
+                for _ in range(3):
+                    runner.step()
+    return runners
 
 
 def measured_peak(name: str, compiled: bool, shape: Shape, folder: Path) -> int:
@@ -458,10 +501,13 @@ def bench_growth(folder: Path) -> None:
         for name, numbers in sweeps.items()
         for n in numbers
     }
-    trainers = {s: Trainer("ours", compiled, s, dtype) for s in dict.fromkeys(shapes.values())}
-    train_in_turn(list(trainers.values()))
-    speeds = {s: s.batch * s.context / statistics.median(t.seconds) for s, t in trainers.items()}
-    peaks = {s: measured_peak("ours", compiled, s, folder) / 1e6 for s in trainers}
+    each = list(dict.fromkeys(shapes.values()))
+    runners = run_in_turn([("ours", compiled, s) for s in each])
+    speeds = {
+        s: s.batch * s.context / statistics.median(r.seconds)
+        for s, r in zip(each, runners, strict=True)
+    }
+    peaks = {s: measured_peak("ours", compiled, s, folder) / 1e6 for s in each}
     print(f"\n{base}, {dtype}, {'compiled' if compiled else 'eager'}, one changed at a time")
     print("| changed | tokens/s | peak tensor MB |")
     print("|---|---|---|")
@@ -560,30 +606,23 @@ def linear_bytes(model: Any) -> int:
 
 
 def our_decoders(model: Any) -> list[Decoder]:
-    """sample.py's ways: as it is, compiled, compiled with packed weights; each in int8, too."""
-    import torch
-    import torch._inductor.config
-
+    """sample.py's ways: as it is, and compiled; each in int8, too."""
     from quantization import quantize
     from sampling import compile_decode, for_few_rows
 
     int8 = copy.deepcopy(model)
     quantize(int8)
-    if dtype == "float32":
-        for_few_rows(model)
+    for_few_rows(model)
     found = []
     for kind, one in (("", model), (", int8", int8)):
-        for how in ("eager", "compiled", "compiled, frozen"):
-            if (how == "eager" and mode == "compiled") or (how != "eager" and mode == "eager"):
+        for how in ("eager", "compiled"):
+            if mode not in (how, "both"):
                 continue
-            if kind and "frozen" in how:
-                continue  # there are no weights to pack
-            net, freeze = copy.copy(one), "frozen" in how  # the copy has the same tensors
-            if how != "eager" and (problem := compile_decode(net, new_tokens, freeze)):
+            net = copy.copy(one)  # with the same tensors
+            if how == "compiled" and (problem := compile_decode(net, new_tokens)):
                 raise ValueError(f"{how} is not possible here: {problem}")
 
-            def generate(ids: Any, n: int, net: Any = net, freeze: bool = freeze) -> list[int]:
-                torch._inductor.config.freezing = freeze  # for a shape not compiled yet
+            def generate(ids: Any, n: int, net: Any = net) -> list[int]:
                 row: list[int] = net.generate(ids, n, temperature=0)[0].tolist()
                 return row[ids.size(1) :]
 

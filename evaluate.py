@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import Any
 
 # Before torch loads OpenMP, as in train.py: beside another program, 50 items of HellaSwag took the
-# demo model 22 s with threads that spin while they wait, and 2 s without.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# demo model 22 s with threads that spin as long as they wait.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch

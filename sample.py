@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch loads OpenMP, as in train.py: on a CPU shared with other programs tokens came three
-# to four times as slowly without, on an idle one as fast.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Before torch loads OpenMP, as in train.py: beside another program tokens came five times as slowly
+# without, on an idle CPU as fast.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
@@ -107,20 +107,14 @@ def prepare(model: GPT, where: torch.device, number: torch.dtype) -> None:
         to_int8(model)
     model.to(where, number)
     choose_attention(model, number)
-    if where.type == "cpu" and number == torch.float32:
+    if where.type == "cpu":
         for_few_rows(model)
 
 
-def compiled(model: GPT, where: torch.device, number: torch.dtype) -> str:
+def compiled(model: GPT, where: torch.device) -> str:
     """Compile the step that makes a token; a line on how that went."""
-    problem = runtime.why_not_compile(where)
     t0 = time.perf_counter()
-    if not problem:
-        # Packed weights were 1.4 times as fast on a CPU that computes in bfloat16, but take their
-        # memory twice; in float32 they gained 1.1.
-        packs = where.type == "cpu" and number == runtime.select_dtype("auto", where)[0]
-        freeze = packs and number == torch.bfloat16 and not quantize
-        problem = compile_decode(model, max_new_tokens + 1, freeze)
+    problem = runtime.why_not_compile(where) or compile_decode(model, max_new_tokens + 1)
     if problem:
         return f"not compiled: {problem}"
     return f"compiled in {time.perf_counter() - t0:.0f} s"
@@ -145,7 +139,7 @@ def main() -> None:
     kind = f"{quantize + ' and ' if quantize else ''}{number}".replace("torch.", "")
     print(f"{path}, {tok.name} tokens, {kind}, {runtime.describe(where)}", file=sys.stderr)
     if compile:
-        print(compiled(model, where, number), file=sys.stderr)
+        print(compiled(model, where), file=sys.stderr)
 
     generator = torch.Generator(where).manual_seed(seed)
     made, took_s = 0, 0.0

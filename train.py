@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 # Before torch loads OpenMP: its threads spin while they wait, which on a CPU shared with any other
-# program made small models 30 times slower; spinning briefly costs 4% on an idle one.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# program made small models 30 times slower. Spinning this long costs nothing on an idle one, and
+# a fifth as long a third of the demo's speed.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from torch import Tensor
@@ -481,6 +482,8 @@ def main() -> None:
     loader = TrainLoader(train_data, order, rank, ranks, where)
 
     # --- model and optimizer
+    if where.type == "cpu":
+        runtime.keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(seed)
     # rank 0's go to all, unless each reads its own

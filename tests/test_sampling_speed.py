@@ -42,7 +42,6 @@ def fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    torch._inductor.config.freezing = False
 
 
 def test_one_graph_however_long_the_text_grows(fresh):
@@ -67,38 +66,47 @@ def test_cache_lengths_are_few():
     assert all(cache_length(n, 1024) >= n for n in range(1, 1025))
 
 
-@pytest.mark.parametrize("freeze", [False, True])
-def test_compiled_text_equals_plain_text(fresh, freeze):
-    """By inductor itself: the likeliest token each, and the logits."""
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_compiled_text_equals_plain_text(fresh, kind):
+    """By inductor itself, with the layers that sample.py takes: logits, and the text in float32."""
     plain, m = model(num_hidden_layers=1), model(num_hidden_layers=1)
-    assert compile_decode(m, 100, freeze) == ""
-    assert torch.equal(
-        m.generate(prompt(7), 100, temperature=0), plain.generate(prompt(7), 100, temperature=0)
-    )
+    for one in (plain, m):
+        if kind == "int8":
+            quantize(one)
+        one.to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    for_few_rows(m)
+    assert compile_decode(m, 100) == ""
+    if kind == "float32":
+        assert torch.equal(
+            m.generate(prompt(7), 100, temperature=0), plain.generate(prompt(7), 100, temperature=0)
+        )
     logits = []
     for one in (m, plain):
         with torch.no_grad():
             cache = one.new_cache(1, 128)
             one.prefill(prompt(7), cache)
             where = torch.tensor([7]), cache, torch.tensor([0])
-            logits.append(one.decode(torch.tensor([[3]]), *where))
-    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+            logits.append(one.decode(torch.tensor([[3]]), *where).float())
+    near = 1e-5 if kind == "float32" else 0.02 * logits[1].std().item()
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=near)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_few_rows_are_multiplied_in_another_order_to_the_same_end(fresh, bias):
+def test_few_rows_are_multiplied_in_another_order_to_the_same_end(fresh, bias, dtype):
     """Products and gradients, whatever the number of rows; compiled, too."""
-    plain = torch.nn.Linear(96, 40, bias=bias)
+    plain = torch.nn.Linear(96, 40, bias=bias, dtype=dtype)
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
     quick = copy.deepcopy(plain)
     for_few_rows(quick)
     assert quick.weight is not plain.weight and type(quick) is not type(plain)
     compiled = torch.compile(quick, backend="aot_eager", dynamic=False)
     for shape in ((96,), (1, 96), (2, 1, 96), (FEW_ROWS, 96), (FEW_ROWS + 1, 96)):
-        x = torch.randn(shape)
+        x = torch.randn(shape, dtype=dtype)
         for layer in (quick, compiled):
-            torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(layer(x), plain(x), **near)
         a, b = (torch.autograd.grad(m(x).square().sum(), m.weight)[0] for m in (quick, plain))
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a, b, **near)
 
 
 def test_a_model_for_few_rows_makes_the_same_text():

@@ -14,7 +14,7 @@ from configurator import overrides
 ALLOWED = {  # scripts never import scripts; what reads and writes models may import leaves
     "configurator": set(),
     "sampling": set(),
-    "quantization": set(),
+    "quantization": {"sampling"},
     "model": {"sampling"},
     "dataloader": set(),
     "runtime": set(),

@@ -333,10 +333,9 @@ class Trainer:
         import runtime
         from model import configure_optimizer
 
-        ours = name == "ours"
-        if ours:
+        if name == "ours":  # as train.py has it
             runtime.keep_freed_memory()
-        runtime.keep_less(ours)
+            runtime.keep_less()
         self.model, self.loss = build(name, shape.size)
         if hasattr(self.model, "configure_optimizers"):
             self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
@@ -362,12 +361,13 @@ class Trainer:
 
 
 class Runner:
-    """A Trainer in a process of its own, as train.py is one: what it sets is not the others'."""
+    """A Trainer in a process of its own, so that what it sets is not the others'."""
 
     def __init__(self, name: str, compiled: bool, shape: Shape, dtype: str) -> None:
         short = Path(name).parent.name if name.endswith(".py") else name
         self.name = f"{short}, {'compiled' if compiled else 'eager'}"
-        call = f"import bench; bench.make_steps({name!r}, {compiled}, bench.{shape}, {dtype!r})"
+        given = f"{name!r}, {compiled}, bench.{shape}, {dtype!r}"
+        call = f"import bench, runtime; runtime.run(lambda: bench.make_steps({given}))"
         self.process = subprocess.Popen(
             [sys.executable, "-c", call],
             cwd=ROOT,
@@ -468,8 +468,10 @@ def bench_train(folder: Path) -> None:
 def run_in_turn(kinds: Sequence[tuple[str, bool, Shape]]) -> list[Runner]:
     """Two steps of each that do not count, then `repeats` rounds of three."""
     with contextlib.ExitStack() as running:
-        runners = [running.enter_context(Runner(*kind, dtype)) for kind in kinds]
-        for runner in runners:
+        runners = []
+        for kind in kinds:  # one starts when the last has compiled
+            runner = running.enter_context(Runner(*kind, dtype))
+            runners.append(runner)
             runner.step()
             runner.step()
             print(f"{runner.name}: first step {runner.seconds[0]:.1f} s", flush=True)
@@ -502,11 +504,10 @@ def bench_growth(folder: Path) -> None:
         for n in numbers
     }
     each = list(dict.fromkeys(shapes.values()))
-    runners = run_in_turn([("ours", compiled, s) for s in each])
-    speeds = {
-        s: s.batch * s.context / statistics.median(r.seconds)
-        for s, r in zip(each, runners, strict=True)
-    }
+    speeds = {}
+    for s in each:
+        (runner,) = run_in_turn([("ours", compiled, s)])
+        speeds[s] = s.batch * s.context / statistics.median(runner.seconds)
     peaks = {s: measured_peak("ours", compiled, s, folder) / 1e6 for s in each}
     print(f"\n{base}, {dtype}, {'compiled' if compiled else 'eager'}, one changed at a time")
     print("| changed | tokens/s | peak tensor MB |")

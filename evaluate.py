@@ -33,8 +33,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Before torch loads OpenMP, as in train.py: beside another program, 50 items of HellaSwag took the
-# demo model 22 s with threads that spin as long as they wait.
+# Before torch loads OpenMP, as in train.py, for the sake of other programs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np

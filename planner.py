@@ -196,6 +196,8 @@ def timed_step(
 ) -> float:
     """Measured seconds of an update: a few micro-steps (the median) and the optimizer's step."""
     torch.set_float32_matmul_precision("high")
+    if device.type == "cpu":
+        runtime.keep_freed_memory()
     model = GPT(training.size).to(device)
     model.activation_checkpointing = training.checkpointing
     optimizer = configure_optimizer(model, 1e-4, (0.9, 0.95), 0.1)

@@ -16,9 +16,9 @@ class Int8Linear(nn.Module):
     """A linear layer whose weight is int8 times one scale for each output.
 
     For a few rows, inputs are rounded to bfloat16 and sums are float32, as torch's kernel for this
-    has it; one row is compiled to a loop twice as fast as that kernel. Torchao's weight-only int8
-    calls the kernel, too, but only through torch.compile, and without it multiplies out the weight
-    at every call; hence these lines instead of a dependency.
+    has it; one row is compiled to a loop that rounds no input and was twice as fast. Torchao's
+    weight-only int8 calls that kernel, too, but only through torch.compile, and without it
+    multiplies out the weight at every call; hence these lines instead of a dependency.
     """
 
     weight: Tensor

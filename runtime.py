@@ -267,15 +267,17 @@ def keep_freed_memory() -> None:
     """Have tensors on a CPU take the memory that others have freed before; Linux with glibc only.
 
     glibc gives every large block back to the system, and the next one comes as pages that are
-    zeroed one by one when first touched. Of a bfloat16 training step that was a quarter.
+    zeroed one by one when first touched. Of a bfloat16 training step that was a quarter. The
+    process stays as large as it was at its peak.
     """
-    with contextlib.suppress(AttributeError, TypeError):  # another C library; Windows
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+            mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
 
 
-def keep_less(on: bool = True) -> None:
+def keep_less() -> None:
     """Have torch.compile compute SwiGLU's product and the norms again in backward, not keep them.
 
     By default it keeps all that a matrix product reads (torch 2.13). Of the reference model this
@@ -283,7 +285,7 @@ def keep_less(on: bool = True) -> None:
     """
     from torch._functorch import config  # only those who compile need it
 
-    config.ban_recompute_materialized_backward = not on
+    config.ban_recompute_materialized_backward = False
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch loads OpenMP, as in train.py: beside another program tokens came five times as slowly
-# without, on an idle CPU as fast.
+# Before torch loads OpenMP, as in train.py: beside another program a token of a 303M model took
+# 0.12 s with it and 0.67 s without, on an idle CPU as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch

@@ -106,9 +106,7 @@ def compile_decode(model: Model, length: int) -> str:
     then as before, and no compiler's error comes in the middle of a text.
     """
     plain = model.decode
-    # Whether the weights are still those compiled for is not asked at each of a text's tokens.
-    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    model.decode = torch.compile(plain, dynamic=False, options=options)  # type: ignore[method-assign]
+    model.decode = torch.compile(plain, dynamic=False)  # type: ignore[method-assign]
     try:
         with torch.no_grad():
             cache = model.new_cache(1, cache_length(length, model.config.max_position_embeddings))

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 # Before torch loads OpenMP: its threads spin while they wait, which on a CPU shared with any other
-# program made small models 30 times slower. Spinning this long costs nothing on an idle one, and
-# a fifth as long a third of the demo's speed.
+# program made small models 30 times slower. Spinning this long cost the demo 2% on an idle one, a
+# tenth of it 35%; beside another program the demo then had 0.5 times the speed of a tenth.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch

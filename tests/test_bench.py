@@ -27,6 +27,7 @@ class GPT(torch.nn.Module):
     def __init__(self, c):
         super().__init__()
         assert (c.block_size, c.n_layer, c.n_embd, c.bias) == (32, 1, 64, False)
+        print("peers may print")
         self.table = torch.nn.Embedding(c.vocab_size, c.n_embd)
 
     def forward(self, x, y):
@@ -56,6 +57,12 @@ def test_measured_memory_is_the_planned():
     planned = sum(memory.at_peak(training, shape.batch).values())
     measured = bench.peak_memory("ours", False, shape, "float32")
     assert measured == pytest.approx(planned, rel=0.05)
+
+
+def test_a_peer_that_fails_is_told_of(script, tmp_path):
+    result = script("bench.py", "--what=train", *TOY, f"--peer={tmp_path / 'model.py'}")
+    assert result.code == 1 and "No such file" in result.err, result.err
+    assert "Traceback" not in result.err and "made no step" in result.err, result.err
 
 
 @pytest.mark.slow

@@ -109,6 +109,16 @@ def test_few_rows_are_multiplied_in_another_order_to_the_same_end(fresh, bias, d
         torch.testing.assert_close(a, b, **near)
 
 
+@pytest.mark.parametrize("outputs", [1, 3, 6])
+def test_one_row_of_few_outputs(fresh, outputs):
+    """Compiled, the weight is read in four parts; here they are fewer, or of different sizes."""
+    for plain in (torch.nn.Linear(96, outputs), Int8Linear(torch.nn.Linear(96, outputs))):
+        quick, x = copy.deepcopy(plain), torch.randn(1, 96).bfloat16().float()
+        for_few_rows(torch.nn.ModuleList([quick]))
+        compiled = torch.compile(quick, backend="aot_eager", dynamic=False)
+        torch.testing.assert_close(compiled(x), plain(x), rtol=2**-8, atol=1e-2)
+
+
 def test_a_model_for_few_rows_makes_the_same_text():
     m, other = model(), model()
     for_few_rows(other)

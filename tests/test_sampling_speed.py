@@ -106,7 +106,8 @@ def test_few_rows_are_multiplied_in_another_order_to_the_same_end(fresh, bias, d
         for layer in (quick, compiled):
             torch.testing.assert_close(layer(x), plain(x), **near)
         a, b = (torch.autograd.grad(m(x).square().sum(), m.weight)[0] for m in (quick, plain))
-        torch.testing.assert_close(a, b, **near)
+        scale = b.abs().max().item()  # y, squared, is rounded before and after its bias is added
+        torch.testing.assert_close(a, b, rtol=near["rtol"], atol=near["atol"] * max(1, scale))
 
 
 @pytest.mark.parametrize("outputs", [1, 3, 6])

@@ -267,8 +267,8 @@ def keep_freed_memory() -> None:
     """Have tensors on a CPU take the memory that others have freed before; Linux with glibc only.
 
     glibc gives every large block back to the system, and the next one comes as pages that are
-    zeroed one by one when first touched. Of a bfloat16 training step that was a quarter. The
-    process stays as large as it was at its peak.
+    zeroed one by one when first touched. Of a small model's bfloat16 training step that was 10 to
+    19%, of transformers' a quarter. The process stays as large as it was at its peak.
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):  # another C library

@@ -96,7 +96,8 @@ def test_compiled_text_equals_plain_text(fresh, kind):
 def test_few_rows_are_multiplied_in_another_order_to_the_same_end(fresh, bias, dtype):
     """Products and gradients, whatever the number of rows; compiled, too."""
     plain = torch.nn.Linear(96, 40, bias=bias, dtype=dtype)
-    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    exact = dtype == torch.float32
+    near = {"rtol": 1e-5, "atol": 1e-6} if exact else {"rtol": 0.02, "atol": 0.02}
     quick = copy.deepcopy(plain)
     for_few_rows(quick)
     assert quick.weight is not plain.weight and type(quick) is not type(plain)
@@ -106,8 +107,9 @@ def test_few_rows_are_multiplied_in_another_order_to_the_same_end(fresh, bias, d
         for layer in (quick, compiled):
             torch.testing.assert_close(layer(x), plain(x), **near)
         a, b = (torch.autograd.grad(m(x).square().sum(), m.weight)[0] for m in (quick, plain))
-        scale = b.abs().max().item()  # y, squared, is rounded before and after its bias is added
-        torch.testing.assert_close(a, b, rtol=near["rtol"], atol=near["atol"] * max(1, scale))
+        # in bfloat16 y is rounded before its bias is added, too, and then squared
+        atol = 1e-5 if exact else 0.02 * b.abs().max().item()
+        torch.testing.assert_close(a, b, rtol=near["rtol"], atol=atol)
 
 
 @pytest.mark.parametrize("outputs", [1, 3, 6])

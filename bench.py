@@ -613,7 +613,9 @@ def our_decoders(model: Any) -> list[Decoder]:
 
     int8 = copy.deepcopy(model)
     quantize(int8)
-    for_few_rows(model)
+    for one in (model, int8):
+        for_few_rows(one)
+        runtime.use_huge_pages(one)
     found = []
     for kind, one in (("", model), (", int8", int8)):
         for how in ("eager", "compiled"):

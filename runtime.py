@@ -6,6 +6,7 @@ import errno
 import faulthandler
 import importlib.util
 import io
+import mmap
 import os
 import platform
 import re
@@ -19,6 +20,8 @@ from types import FrameType
 from typing import TextIO
 
 import torch
+
+HUGE_PAGE = 2**21  # bytes
 
 # Dense bf16 (fp16 where noted) TFLOP/s with fp32 accumulation, from the makers' data sheets, by the
 # card's whole name without its maker, memory and socket: a laptop's card of that number is slower.
@@ -275,6 +278,28 @@ def keep_freed_memory() -> None:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
             mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+
+
+def use_huge_pages(model: torch.nn.Module) -> None:
+    """Move a model's tensors on a CPU into one block of pages of 2 MiB; Linux only.
+
+    Each page of memory has to be looked up before it is read, and a token reads all weights once:
+    with pages of 4 KiB a 303M model in bfloat16 took 5% longer for it.
+    """
+    found = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    sizes = {key: -(-t.nbytes // 64) * 64 for key, t in found.items()}  # whole lines of the cache
+    try:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        block = mmap.mmap(-1, sum(sizes.values()) + HUGE_PAGE, flags=flags)
+        block.madvise(mmap.MADV_HUGEPAGE)
+    except (AttributeError, OSError):  # another system, or a kernel without
+        return
+    memory = torch.frombuffer(block, dtype=torch.uint8)
+    start = -memory.data_ptr() % HUGE_PAGE
+    for key, t in found.items():
+        place = memory[start : start + t.nbytes].view(t.dtype).view(t.shape)
+        t.data = place.copy_(t.detach())
+        start += sizes[key]
 
 
 def keep_less() -> None:

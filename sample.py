@@ -109,6 +109,7 @@ def prepare(model: GPT, where: torch.device, number: torch.dtype) -> None:
     choose_attention(model, number)
     if where.type == "cpu":
         for_few_rows(model)
+        runtime.use_huge_pages(model)
 
 
 def compiled(model: GPT, where: torch.device) -> str:

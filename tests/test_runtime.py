@@ -1,8 +1,15 @@
-"""What the machine is called, and what a card can do at most."""
+"""What the machine is called, what a card can do at most, and where a model's memory lies."""
+
+import copy
+import mmap
+from pathlib import Path
 
 import pytest
+import torch
 
 import runtime
+from model import GPT, GPTConfig
+from quantization import quantize
 
 
 @pytest.mark.parametrize(
@@ -24,3 +31,35 @@ import runtime
 def test_cards_are_known_by_their_whole_name(card, tflops):
     """A laptop's card has the number of a faster one in its name, a T400 that of a T4."""
     assert runtime.PEAK_TFLOPS.get(runtime.short_name(card)) == tflops
+
+
+@pytest.mark.parametrize("kind", ["tied", "int8"])
+def test_a_model_moves_to_large_pages_unchanged(kind):
+    """Every weight and table, once each, side by side; where there are no such pages, nothing."""
+    size = {"vocab_size": 131, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 40}
+    model = GPT(GPTConfig(**size)).eval()
+    if kind == "int8":
+        quantize(model)
+    idx = torch.arange(9)[None]
+    logits, before = model(idx)[0], copy.deepcopy(model.state_dict())
+    runtime.use_huge_pages(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    assert torch.equal(model(idx)[0], logits)
+    if kind == "tied":
+        assert model.lm_head.weight is model.embed_tokens.weight
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        tensors = [*model.parameters(), *model.buffers()]
+        first, last = (f(tensors, key=torch.Tensor.data_ptr) for f in (min, max))
+        room = sum(t.nbytes + 63 for t in tensors)
+        assert last.data_ptr() + last.nbytes - first.data_ptr() <= room
+        assert first.data_ptr() % 2**21 == 0
+
+
+def test_a_system_without_large_pages_keeps_the_model_where_it_is(monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    model = torch.nn.Linear(8, 8)
+    place = model.weight.data_ptr()
+    runtime.use_huge_pages(model)
+    assert model.weight.data_ptr() == place

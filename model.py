@@ -134,7 +134,8 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """
     scores = (q[:, :, :, None].float() * k[:, :, None].float()).sum(-1)  # (1, nkv, nh / nkv, S)
     share = (scores * q.size(-1) ** -0.5).masked_fill(~mask, -math.inf).softmax(-1)
-    return (share[..., None] * v[:, :, None].float()).sum(-2).to(q.dtype)
+    y: Tensor = (share[..., None] * v[:, :, None].float()).sum(-2)
+    return y.to(q.dtype)
 
 
 class Attention(nn.Module):

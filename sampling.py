@@ -104,7 +104,8 @@ def compile_decode(model: Model, length: int) -> str:
     """Compile model.decode, for a batch of one and texts of `length` tokens at once.
 
     Other batches and lengths compile when they come. Returns "", or why it failed: the model is
-    then as before, and no compiler's error comes in the middle of a text.
+    then as before. Between the tokens of one cache the model's mode, types and settings must stay,
+    and one thread at a time decodes: torch's switch for this is the process's.
     """
     plain = model.decode
     options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}  # one rounding
@@ -113,12 +114,14 @@ def compile_decode(model: Model, length: int) -> str:
 
     def decode(idx: Tensor, position: Tensor, cache: Any, pad: Tensor) -> Tensor:
         nonlocal last
-        # In a text nothing changes between two tokens that the graph was made for, and to look
-        # takes 1.6 ms of the 30 that a token of a 303M model took. A cache is of one text.
-        known = last() is cache
-        last = weakref.ref(cache)
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=known):
+        # Within a text only tensors are looked at again, not weights and settings: all guards
+        # take 1.6 ms of the 30 that a token of a 303M model took. A cache is of one text.
+        if last() is not cache:
             logits: Tensor = compiled(idx, position, cache, pad)
+            last = weakref.ref(cache)
+            return logits
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            logits = compiled(idx, position, cache, pad)
         return logits
 
     model.decode = decode  # type: ignore[method-assign]
@@ -149,7 +152,7 @@ class FewRowsLinear(nn.Linear):
         rows = x.reshape(-1, x.size(-1))
         if len(rows) == 1 and torch.compiler.is_compiling():
             y = dot(self.weight, rows).to(x.dtype)
-        elif len(rows) == 1 and x.dtype == torch.bfloat16:
+        elif len(rows) == 1 and x.dtype == self.weight.dtype == torch.bfloat16:
             y = torch.mv(self.weight, rows[0])[None]
         elif 1 < len(rows) <= FEW_ROWS:
             y = (self.weight @ rows.t()).t().contiguous()  # as attention's kernel wants it

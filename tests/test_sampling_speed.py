@@ -105,8 +105,13 @@ def test_compiled_texts_in_turn_of_two_models_and_of_other_sizes(fresh, monkeypa
     for m in models:
         for_few_rows(m)
         assert compile_decode(m, 27) == ""
+    skips, stance = [], torch.compiler.set_stance
+    monkeypatch.setattr(
+        torch.compiler, "set_stance", lambda **given: skips.append(given) or stance(**given)
+    )
     in_turn = zip(*(stream(m, x, 20, temperature=0) for m in models), strict=True)
     made = torch.tensor([[int(a), int(b)] for a, b in in_turn])
+    assert len(skips) == 2 * 18, "of 20 tokens one is the prompt's, and one has the guards"
     for i, m in enumerate(models):
         assert made[:, i].tolist() == plain[0][i][0, 7:].tolist()
         assert torch.equal(m.generate(x, 200, temperature=0), plain[1][i])

@@ -608,6 +608,7 @@ def linear_bytes(model: Any) -> int:
 
 def our_decoders(model: Any) -> list[Decoder]:
     """sample.py's ways: as it is, and compiled; each in int8, too."""
+    import runtime
     from quantization import quantize
     from sampling import compile_decode, for_few_rows
 

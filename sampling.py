@@ -6,6 +6,7 @@ Letters used for shapes are model.py's: B batch, T positions, V vocab_size.
 import math
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -110,18 +111,17 @@ def compile_decode(model: Model, length: int) -> str:
     plain = model.decode
     options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}  # one rounding
     compiled = torch.compile(plain, dynamic=False, options=options)
-    last: Any = lambda: None  # noqa: E731
+    last: weakref.ref[Any] | None = None
 
     def decode(idx: Tensor, position: Tensor, cache: Any, pad: Tensor) -> Tensor:
         nonlocal last
         # Within a text only tensors are looked at again, not weights and settings: all guards
         # take 1.6 ms of the 30 that a token of a 303M model took. A cache is of one text.
-        if last() is not cache:
+        known = last is not None and last() is cache
+        skip = torch.compiler.set_stance(skip_guard_eval_unsafe=True) if known else nullcontext()
+        with skip:
             logits: Tensor = compiled(idx, position, cache, pad)
-            last = weakref.ref(cache)
-            return logits
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-            logits = compiled(idx, position, cache, pad)
+        last = weakref.ref(cache)
         return logits
 
     model.decode = decode  # type: ignore[method-assign]

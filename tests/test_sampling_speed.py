@@ -53,6 +53,7 @@ def test_one_graph_however_long_the_text_grows(fresh):
     assert torch.equal(m.generate(prompt(5, 2), 300, temperature=0), plain)
     assert counter.frame_count == 1
     m.generate(prompt(60, 2), 150, top_k=5)
+    m.generate(prompt(1, 2), 200)
     ids, lengths = left_pad([[1], [2, 3, 4]])
     m.generate(ids, 200, lengths=lengths)
     assert counter.frame_count == 1, "recompiled"

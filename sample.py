@@ -19,7 +19,7 @@ import pretrained
 import runtime
 from configurator import configure
 from model import GPT, choose_attention
-from sampling import check_sampling, compile_decode, for_few_rows, stream
+from sampling import cache_length, check_sampling, compile_decode, for_few_rows, stream
 from tokenizer import StreamDecoder, Tokenizer
 
 # what
@@ -112,13 +112,13 @@ def prepare(model: GPT, where: torch.device, number: torch.dtype) -> None:
         runtime.use_huge_pages(model)
 
 
-def compiled(model: GPT, where: torch.device) -> str:
-    """Compile the step that makes a token; a line on how that went."""
+def compile_for(model: GPT, where: torch.device, length: int) -> None:
+    """Compile the step that makes a token, for texts of up to `length`; says how that went."""
+    print(f"compiling for texts of up to {length} tokens: ", end="", file=sys.stderr, flush=True)
     t0 = time.perf_counter()
-    problem = runtime.why_not_compile(where) or compile_decode(model, max_new_tokens + 1)
-    if problem:
-        return f"not compiled: {problem}"
-    return f"compiled in {time.perf_counter() - t0:.0f} s"
+    problem = runtime.why_not_compile(where) or compile_decode(model, length)
+    took = f"done in {time.perf_counter() - t0:.0f} s"
+    print(f"not done, {problem}" if problem else took, file=sys.stderr)
 
 
 def main() -> None:
@@ -139,15 +139,18 @@ def main() -> None:
     prepare(model, where, number)
     kind = f"{quantize + ' and ' if quantize else ''}{number}".replace("torch.", "")
     print(f"{path}, {tok.name} tokens, {kind}, {runtime.describe(where)}", file=sys.stderr)
-    if compile:
-        print(compiled(model, where), file=sys.stderr)
 
     generator = torch.Generator(where).manual_seed(seed)
     made, took_s = 0, 0.0
+    compiled: set[int] = set()  # sizes of the cache
     for i, text in enumerate(prompts()):
         if i and not interactive:
             print("-" * 40)
         ids = torch.tensor([prompt_ids(tok, text, model)], device=where)
+        size = cache_length(ids.size(1) + max_new_tokens, model.config.max_position_embeddings)
+        if compile and size not in compiled:
+            compile_for(model, where, size)
+            compiled.add(size)
         print(text, end="", flush=True)
         t0 = time.perf_counter()
         tokens = stream(

@@ -3,6 +3,8 @@
 Letters used for shapes are model.py's: B batch, T positions, V vocab_size.
 """
 
+import functools
+import inspect
 import math
 import weakref
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 MIN_CACHE = 128  # positions
 FEW_ROWS = 64
+GRAPHS = 64  # of decode
 
 
 class Model(Protocol):
@@ -104,15 +107,23 @@ def stream(
 def compile_decode(model: Model, length: int) -> str:
     """Compile model.decode, for a batch of one and texts of `length` tokens at once.
 
-    Other batches and lengths compile when they come. Returns "", or why it failed: the model is
-    then as before. Between the tokens of one cache the model's mode, types and settings must stay,
-    and one thread at a time decodes: torch's switch for this is the process's.
+    Other batches and lengths compile when they come, or by another call. Returns "", or why it
+    failed: the model is then as it was made. Between the tokens of one cache the model's mode,
+    types and settings must stay, and one thread at a time decodes: torch's switch for this is the
+    process's.
     """
-    plain = model.decode
-    options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}  # one rounding
-    compiled = torch.compile(plain, dynamic=False, options=options)
+    plain = inspect.unwrap(model.decode)
+    how: dict[str, Any] = {
+        "dynamic": False,
+        "fullgraph": True,  # past the limit an error, not a plain call
+        "options": {"cpp.enable_floating_point_contract_flag": "fast"},  # one rounding
+        # a graph for each size of the cache, batch and model: torch gives up after 8 of a function
+        "recompile_limit": GRAPHS,
+    }
+    compiled: Any = torch.compile(plain, **how)
     last: weakref.ref[Any] | None = None
 
+    @functools.wraps(plain)
     def decode(idx: Tensor, position: Tensor, cache: Any, pad: Tensor) -> Tensor:
         nonlocal last
         # Within a text only tensors are looked at again, not weights and settings: all guards

@@ -2,10 +2,12 @@
 
 import dataclasses
 import io
+import re
 import sys
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import checkpoint
 from model import GPT, GPTConfig
@@ -113,8 +115,37 @@ def test_compiling_is_told_and_when_it_fails_the_text_comes_all_the_same(
     flags = [f"--out_dir={out}", "--start=ab", "--device=cpu", "--max_new_tokens=5"]
     result = script("sample.py", *flags, "--compile=True")
     assert result.code == 0 and result.out == script("sample.py", *flags).out
-    assert len(asked) == 1 and asked[0][0] == 6
-    assert (problem or "compiled in") in result.err
+    assert asked == [(24,)], "the cache's size, once for all texts"
+    assert (problem or "done in") in result.err
+
+
+def test_longer_prompts_compile_before_their_text_and_a_size_once(script, tmp_path, monkeypatch):
+    """By inductor itself: nothing is left to compile once a text begins."""
+    import sampling
+
+    size = dataclasses.replace(SIZE, max_position_embeddings=256)
+    state = {"model": GPT(size).state_dict(), "model_args": dataclasses.asdict(size)}
+    state["tokenizer"] = {"name": "bytes", "vocab_size": 257, "json": None}
+    checkpoint.save(tmp_path / "ckpt_1.pt", state)
+    prompts = ["ab", "c" * 100, "d" * 99, "e" * 180, "f"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
+    graphs, real = [], sampling.compile_decode
+
+    def counted(*args):
+        before = counters["stats"]["unique_graphs"]
+        problem = real(*args)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+        return problem
+
+    monkeypatch.setattr(sampling, "compile_decode", counted)
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    flags = [f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=40", "--device=cpu"]
+    result = script("sample.py", *flags, "--compile=True")
+    assert result.code == 0, result.err
+    assert [int(n) for n in re.findall(r"up to (\d+) tokens: done", result.err)] == [128, 192, 256]
+    assert graphs == [1, 1, 1]
+    assert counters["stats"]["unique_graphs"] - before == 3, "compiled inside a text"
 
 
 def test_a_checkpoint_by_its_path(script, out):

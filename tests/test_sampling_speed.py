@@ -119,6 +119,24 @@ def test_compiled_texts_in_turn_of_two_models_and_of_other_sizes(fresh, monkeypa
     assert torch.equal(models[0].generate(prompt(7, 2), 20, temperature=0), batch)
 
 
+def test_more_graphs_than_torch_keeps_by_itself(fresh, monkeypatch):
+    """After its limit torch runs a function as it is, and says so in a log alone."""
+    real, counter = torch.compile, CompileCounter()
+
+    def counted(f, options, **rest):
+        return real(f, backend=counter, **rest)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    m = model()
+    sizes = sorted({cache_length(n, 512) for n in range(1, 600)})
+    for size in sizes:
+        assert compile_decode(m, size) == ""
+    x = prompt(7, 2)
+    for size in sizes:
+        m.generate(x, size - 7, temperature=0)
+    assert len(sizes) == 5 and counter.frame_count == 10
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_few_rows_are_multiplied_in_another_order_to_the_same_end(fresh, bias, dtype):

@@ -193,7 +193,7 @@ def cache_length(length: int, context: int) -> int:
     """Positions to make room for when a text is to have `length` tokens.
 
     A power of two or one and a half of it, so that texts of similar lengths share a compiled graph
-    while short ones do not pay for the whole context; at most the context.
+    while short ones do not pay for the whole context; at least MIN_CACHE, at most the context.
     """
     power = 1 << (length - 1).bit_length()
     less = power // 4 * 3

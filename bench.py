@@ -530,6 +530,7 @@ def bench_growth(folder: Path) -> None:
                 axes.set_ylabel(label)
         grid[1][column].set_xlabel(name)
         grid[1][column].set_xticks(numbers)
+        grid[1][column].tick_params("x", labelsize=8)
     figure.suptitle(
         f"training: hidden {hidden}, else {base.layers} layers, batch {base.batch}, "
         f"context {base.context}; {dtype}, {'compiled' if compiled else 'eager'}"
@@ -750,9 +751,6 @@ def bench_decode(folder: Path) -> None:
 
 def decode_times(decoders: list[Decoder], ids: Any, n: int) -> dict[str, list[tuple[float, float]]]:
     """Seconds to the first token and to the n-th, in turn; the first row's tokens are compared."""
-    import torch
-
-    torch._dynamo.reset()  # it keeps few graphs of one function, and these shapes are new ones
     texts = {d.name: d.generate(ids, n) for d in decoders}  # compiles
     times: dict[str, list[tuple[float, float]]] = {d.name: [] for d in decoders}
     for _ in range(repeats):

@@ -3,8 +3,6 @@
 Letters used for shapes are model.py's: B batch, T positions, V vocab_size.
 """
 
-import functools
-import inspect
 import math
 import weakref
 from collections.abc import Iterator, Sequence
@@ -17,7 +15,6 @@ from torch.nn import functional as F
 
 MIN_CACHE = 128  # positions
 FEW_ROWS = 64
-GRAPHS = 64  # of decode
 
 
 class Model(Protocol):
@@ -112,18 +109,17 @@ def compile_decode(model: Model, length: int) -> str:
     types and settings must stay, and one thread at a time decodes: torch's switch for this is the
     process's.
     """
-    plain = inspect.unwrap(model.decode)
+    plain = getattr(model.decode, "uncompiled", model.decode)
     how: dict[str, Any] = {
         "dynamic": False,
         "fullgraph": True,  # past the limit an error, not a plain call
         "options": {"cpp.enable_floating_point_contract_flag": "fast"},  # one rounding
-        # a graph for each size of the cache, batch and model: torch gives up after 8 of a function
-        "recompile_limit": GRAPHS,
+        # a graph for each size of the cache, batch and model: torch's own limit is 8
+        "recompile_limit": 64,
     }
     compiled: Any = torch.compile(plain, **how)
     last: weakref.ref[Any] | None = None
 
-    @functools.wraps(plain)
     def decode(idx: Tensor, position: Tensor, cache: Any, pad: Tensor) -> Tensor:
         nonlocal last
         # Within a text only tensors are looked at again, not weights and settings: all guards
@@ -135,6 +131,7 @@ def compile_decode(model: Model, length: int) -> str:
         last = weakref.ref(cache)
         return logits
 
+    decode.uncompiled = plain  # type: ignore[attr-defined]
     model.decode = decode  # type: ignore[method-assign]
     try:
         with torch.no_grad():

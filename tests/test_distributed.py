@@ -111,6 +111,15 @@ def test_more_ranks_and_shards_make_the_same_run(flags, whole, tmp_path, ranks, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_compiled_ranks_make_the_same_run(flags, whole, tmp_path, parallel):
+    """The whole model in DDP's case, each layer in FSDP's."""
+    flags = [*flags, "--compile=True", f"--parallel={parallel}"]
+    assert "compile  took" in must(torchrun(2, *flags, out=tmp_path / "out"))
+    assert_same_run(tmp_path / "out", whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--sharded_checkpoints=True"]])
 def test_two_machines_with_a_whole_model_each_make_the_same_run(flags, whole, tmp_path, more):
     """HSDP, two torchruns meeting at a port as on two machines."""

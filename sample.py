@@ -40,7 +40,7 @@ seed = 1337  # of the draws
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: of the weights and of the computation
 quantize = ""  # int8: weights in 8 bits, on a CPU; the rest is in dtype; empty = off
-compile = False  # compile the step that makes a token: a minute for 303M, later seconds
+compile = False  # the step that makes a token: of 303M a minute a length of cache, later seconds
 
 
 def read_prompt(text: str) -> str:
@@ -112,13 +112,14 @@ def prepare(model: GPT, where: torch.device, number: torch.dtype) -> None:
         runtime.use_huge_pages(model)
 
 
-def compile_for(model: GPT, where: torch.device, length: int) -> None:
-    """Compile the step that makes a token, for texts of up to `length`; says how that went."""
-    print(f"compiling for texts of up to {length} tokens: ", end="", file=sys.stderr, flush=True)
+def compile_for(model: GPT, length: int) -> bool:
+    """Compile the step that makes a token, for a cache of `length`; says how that went."""
+    print(f"compiling for a cache of {length} tokens: ", end="", file=sys.stderr, flush=True)
     t0 = time.perf_counter()
-    problem = runtime.why_not_compile(where) or compile_decode(model, length)
+    problem = compile_decode(model, length)
     took = f"done in {time.perf_counter() - t0:.0f} s"
-    print(f"not done, {problem}" if problem else took, file=sys.stderr)
+    print(f"failed, going on without ({problem})" if problem else took, file=sys.stderr)
+    return not problem
 
 
 def main() -> None:
@@ -142,15 +143,18 @@ def main() -> None:
 
     generator = torch.Generator(where).manual_seed(seed)
     made, took_s = 0, 0.0
-    compiled: set[int] = set()  # sizes of the cache
+    compiles, compiled = compile, set[int]()  # lengths of the cache
+    if compile and (problem := runtime.why_not_compile(where)):
+        compiles = False
+        print(f"not compiled: {problem}", file=sys.stderr)
     for i, text in enumerate(prompts()):
         if i and not interactive:
             print("-" * 40)
         ids = torch.tensor([prompt_ids(tok, text, model)], device=where)
-        size = cache_length(ids.size(1) + max_new_tokens, model.config.max_position_embeddings)
-        if compile and size not in compiled:
-            compile_for(model, where, size)
-            compiled.add(size)
+        length = cache_length(ids.size(1) + max_new_tokens, model.config.max_position_embeddings)
+        if compiles and length not in compiled:
+            compiles = compile_for(model, length)
+            compiled.add(length)
         print(text, end="", flush=True)
         t0 = time.perf_counter()
         tokens = stream(

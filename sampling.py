@@ -104,20 +104,19 @@ def stream(
 def compile_decode(model: Model, length: int) -> str:
     """Compile model.decode, for a batch of one and texts of `length` tokens at once.
 
-    Other batches and lengths compile when they come, or by another call. Returns "", or why it
-    failed: the model is then as it was made. Between the tokens of one cache the model's mode,
-    types and settings must stay, and one thread at a time decodes: torch's switch for this is the
-    process's.
+    Other batches and lengths compile when they come, or by another call, up to 64 for all models
+    of the process. Returns "", or why it failed: decode is then uncompiled, for every length.
+    Copy a model before, not after. Between the tokens of one cache the model's mode, types and
+    settings must stay, and one thread at a time decodes: torch's switch for this is the process's.
     """
     plain = getattr(model.decode, "uncompiled", model.decode)
     how: dict[str, Any] = {
         "dynamic": False,
-        "fullgraph": True,  # past the limit an error, not a plain call
+        "fullgraph": True,  # past the limit an error: a plain call would be followed by one
         "options": {"cpp.enable_floating_point_contract_flag": "fast"},  # one rounding
-        # a graph for each size of the cache, batch and model: torch's own limit is 8
+        # a graph for each length of the cache, batch and model: torch's own limit is 8
         "recompile_limit": 64,
     }
-    compiled: Any = torch.compile(plain, **how)
     last: weakref.ref[Any] | None = None
 
     def decode(idx: Tensor, position: Tensor, cache: Any, pad: Tensor) -> Tensor:
@@ -132,14 +131,16 @@ def compile_decode(model: Model, length: int) -> str:
         return logits
 
     decode.uncompiled = plain  # type: ignore[attr-defined]
-    model.decode = decode  # type: ignore[method-assign]
     try:
+        compiled: Any = torch.compile(plain, **how)
+        model.decode = decode  # type: ignore[method-assign]
         with torch.no_grad():
             cache = model.new_cache(1, cache_length(length, model.config.max_position_embeddings))
             zeros = torch.zeros(1, dtype=torch.int64, device=cache.keys[0].device)
             model.decode(zeros[None], zeros.clone(), cache, zeros.clone())
     except Exception as e:  # whatever a compiler, a driver or a full disk may raise
         model.decode = plain  # type: ignore[method-assign]
+        e = getattr(e, "inner_exception", e)  # torch's own names the backend alone
         return f"{type(e).__name__}: {e}".splitlines()[0][:120]
     return ""
 
@@ -189,7 +190,7 @@ def for_few_rows(model: nn.Module) -> None:
 def cache_length(length: int, context: int) -> int:
     """Positions to make room for when a text is to have `length` tokens.
 
-    A power of two or one and a half of it, so that texts of similar lengths share a compiled graph
+    A power of two or 1.5 times one, so that texts of similar lengths share a compiled graph
     while short ones do not pay for the whole context; at least MIN_CACHE, at most the context.
     """
     power = 1 << (length - 1).bit_length()

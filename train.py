@@ -630,6 +630,7 @@ def main() -> None:
         except ValueError:  # not even one window fits
             raise
         except Exception as e:
+            e = getattr(e, "inner_exception", e)  # torch's own names the backend alone
             reason = f"{type(e).__name__}: {e}".splitlines()[0][:120]
             say(f"compile  failed, training uncompiled ({reason})")
             for part in compiled:

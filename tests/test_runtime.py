@@ -57,6 +57,14 @@ def test_a_model_moves_to_large_pages_unchanged(kind):
         assert first.data_ptr() % 2**21 == 0
 
 
+def test_a_tensor_that_is_not_on_a_cpu_stays_where_it_is():
+    model = torch.nn.Linear(8, 8)
+    model.weight = torch.nn.Parameter(torch.empty(8, 8, device="meta"))
+    bias = model.bias.clone()
+    runtime.use_huge_pages(model)
+    assert model.weight.is_meta and torch.equal(model.bias, bias)
+
+
 def test_a_system_without_large_pages_keeps_the_model_where_it_is(monkeypatch):
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     model = torch.nn.Linear(8, 8)

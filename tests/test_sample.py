@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import checkpoint
+import runtime
 from model import GPT, GPTConfig
 
 SIZE = GPTConfig(
@@ -41,6 +42,17 @@ def out(tmp_path):
     folder.mkdir()
     checkpoint.save(folder / "ckpt_3.pt", state)
     return folder
+
+
+@pytest.fixture
+def longer(tmp_path):
+    """As `out`, with a context of 256 tokens."""
+    torch.manual_seed(0)
+    size = dataclasses.replace(SIZE, max_position_embeddings=256)
+    state = {"model": GPT(size).state_dict(), "model_args": dataclasses.asdict(size)}
+    state["tokenizer"] = {"name": "bytes", "vocab_size": 257, "json": None}
+    checkpoint.save(tmp_path / "ckpt_1.pt", state)
+    return tmp_path
 
 
 def test_text_on_stdout_and_the_rest_on_stderr(script, out):
@@ -119,14 +131,37 @@ def test_compiling_is_told_and_when_it_fails_the_text_comes_all_the_same(
     assert (problem or "done in") in result.err
 
 
-def test_longer_prompts_compile_before_their_text_and_a_size_once(script, tmp_path, monkeypatch):
+def test_no_compiler_is_told_once(script, out, monkeypatch):
+    monkeypatch.setattr("runtime.why_not_compile", lambda where: "no compiler")
+    flags = [f"--out_dir={out}", "--start=ab", "--device=cpu", "--max_new_tokens=5"]
+    result = script("sample.py", *flags, "--compile=True")
+    assert result.code == 0 and result.out == script("sample.py", *flags).out
+    assert result.err.count("not compiled: no compiler") == 1 and "compiling" not in result.err
+
+
+def test_after_a_length_that_fails_none_is_compiled(script, longer, monkeypatch):
+    import sampling
+
+    asked = []
+
+    def second_fails(model, length):
+        asked.append(length)
+        return "no" * (len(asked) == 2)
+
+    monkeypatch.setattr(sampling, "compile_decode", second_fails)
+    monkeypatch.setattr("runtime.why_not_compile", lambda where: "")
+    prompts = "ab", "c" * 100, "d", "e" * 180, "f" * 100
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
+    flags = [f"--out_dir={longer}", "--interactive", "--max_new_tokens=40", "--device=cpu"]
+    result = script("sample.py", *flags, "--compile=True")
+    assert result.code == 0 and asked == [128, 192] and "going on without (no)" in result.err
+
+
+@pytest.mark.skipif(runtime.why_not_compile(torch.device("cpu")) != "", reason="no C++ compiler")
+def test_longer_prompts_compile_before_their_text_and_a_length_once(script, longer, monkeypatch):
     """By inductor itself: nothing is left to compile once a text begins."""
     import sampling
 
-    size = dataclasses.replace(SIZE, max_position_embeddings=256)
-    state = {"model": GPT(size).state_dict(), "model_args": dataclasses.asdict(size)}
-    state["tokenizer"] = {"name": "bytes", "vocab_size": 257, "json": None}
-    checkpoint.save(tmp_path / "ckpt_1.pt", state)
     prompts = ["ab", "c" * 100, "d" * 99, "e" * 180, "f"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
     graphs, real = [], sampling.compile_decode
@@ -140,10 +175,12 @@ def test_longer_prompts_compile_before_their_text_and_a_size_once(script, tmp_pa
     monkeypatch.setattr(sampling, "compile_decode", counted)
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
-    flags = [f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=40", "--device=cpu"]
-    result = script("sample.py", *flags, "--compile=True")
+    flags = [f"--out_dir={longer}", "--interactive", "--max_new_tokens=40", "--device=cpu"]
+    result = script("sample.py", *flags, "--compile=True", "--temperature=0")
     assert result.code == 0, result.err
-    assert [int(n) for n in re.findall(r"up to (\d+) tokens: done", result.err)] == [128, 192, 256]
+    assert f"{40 * len(prompts)} tokens, " in result.err, "a text ended before its time"
+    told = re.findall(r"a cache of (\d+) tokens: done", result.err)
+    assert [int(n) for n in told] == [128, 192, 256]
     assert graphs == [1, 1, 1]
     assert counters["stats"]["unique_graphs"] - before == 3, "compiled inside a text"
 

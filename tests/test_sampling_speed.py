@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
+import runtime
 from model import GPT, GPTConfig
 from quantization import Int8Linear, quantize
 from sampling import FEW_ROWS, cache_length, compile_decode, for_few_rows, left_pad, stream
@@ -67,6 +68,7 @@ def test_cache_lengths_are_few():
     assert all(cache_length(n, 1024) >= n for n in range(1, 1025))
 
 
+@pytest.mark.skipif(runtime.why_not_compile(torch.device("cpu")) != "", reason="no C++ compiler")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_compiled_text_equals_plain_text(fresh, kind):
     """By inductor itself, with the layers that sample.py takes: logits, and the text in float32."""
@@ -120,7 +122,7 @@ def test_compiled_texts_in_turn_of_two_models_and_of_other_sizes(fresh, monkeypa
 
 
 def test_more_graphs_than_torch_keeps_by_itself(fresh, monkeypatch):
-    """After its limit torch runs a function as it is, and says so in a log alone."""
+    """Torch's own 8 would end the ninth in an error."""
     real, counter = torch.compile, CompileCounter()
 
     def counted(f, options, **rest):
@@ -135,6 +137,21 @@ def test_more_graphs_than_torch_keeps_by_itself(fresh, monkeypatch):
     for size in sizes:
         m.generate(x, size - 7, temperature=0)
     assert len(sizes) == 5 and counter.frame_count == 10
+
+
+def test_past_the_limit_the_model_is_as_before(fresh, monkeypatch):
+    real = torch.compile
+
+    def few(f, options, recompile_limit, **rest):
+        return real(f, backend="eager", recompile_limit=2, **rest)
+
+    monkeypatch.setattr(torch, "compile", few)
+    m, plain = model(), model()
+    assert [compile_decode(m, length) for length in (128, 192)] == ["", ""]
+    assert "limit" in compile_decode(m, 256).lower()
+    x = prompt(7)
+    assert torch.equal(m.generate(x, 40, temperature=0), plain.generate(x, 40, temperature=0))
+    assert m.decode.__func__ is GPT.decode
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

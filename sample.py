@@ -40,7 +40,7 @@ seed = 1337  # of the draws
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: of the weights and of the computation
 quantize = ""  # int8: weights in 8 bits, on a CPU; the rest is in dtype; empty = off
-compile = False  # the step that makes a token: of 303M a minute a length of cache, later seconds
+compile = False  # compile a token's step; 303M: a minute for each length of cache, later seconds
 
 
 def read_prompt(text: str) -> str:

@@ -25,6 +25,27 @@ SIZE = GPTConfig(
 )
 
 
+def save(path, model):
+    """As train.py would with --tokenizer=bytes."""
+    state = {
+        "model": model.state_dict(),
+        "model_args": dataclasses.asdict(model.config),
+        "tokenizer": {"name": "bytes", "vocab_size": 257, "json": None},
+    }
+    checkpoint.save(path, state)
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """Put lines into what a script reads of the keyboard."""
+
+    def put(*lines):
+        text = "".join(f"{line}\n" for line in lines)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    return put
+
+
 @pytest.fixture
 def out(tmp_path):
     """A folder with a checkpoint of random weights whose favourites are padded vocabulary rows."""
@@ -33,14 +54,9 @@ def out(tmp_path):
     with torch.no_grad():
         model.embed_tokens.weight[257:] *= 20
         model.embed_tokens.weight[128:257] *= 0.1  # mostly ASCII
-    state = {
-        "model": model.state_dict(),
-        "model_args": dataclasses.asdict(SIZE),
-        "tokenizer": {"name": "bytes", "vocab_size": 257, "json": None},
-    }
     folder = tmp_path / "out"
     folder.mkdir()
-    checkpoint.save(folder / "ckpt_3.pt", state)
+    save(folder / "ckpt_3.pt", model)
     return folder
 
 
@@ -48,10 +64,7 @@ def out(tmp_path):
 def longer(tmp_path):
     """As `out`, with a context of 256 tokens."""
     torch.manual_seed(0)
-    size = dataclasses.replace(SIZE, max_position_embeddings=256)
-    state = {"model": GPT(size).state_dict(), "model_args": dataclasses.asdict(size)}
-    state["tokenizer"] = {"name": "bytes", "vocab_size": 257, "json": None}
-    checkpoint.save(tmp_path / "ckpt_1.pt", state)
+    save(tmp_path / "ckpt_1.pt", GPT(dataclasses.replace(SIZE, max_position_embeddings=256)))
     return tmp_path
 
 
@@ -105,9 +118,8 @@ def test_a_prompt_longer_than_the_context_is_cut_with_a_word(script, out):
     assert "30 tokens" in result.err and "last 24" in result.err
 
 
-def test_interactive_asks_until_an_empty_line(script, out, monkeypatch):
-    typed = io.TextIOWrapper(io.BytesIO(b"first\nsecond\n\nthird\n"))
-    monkeypatch.setattr(sys, "stdin", typed)
+def test_interactive_asks_until_an_empty_line(script, out, typed):
+    typed("first", "second", "", "third")
     result = script("sample.py", f"--out_dir={out}", "--interactive", "--max_new_tokens=4")
     assert result.code == 0
     assert "first" in result.out and "second" in result.out and "third" not in result.out
@@ -139,7 +151,7 @@ def test_no_compiler_is_told_once(script, out, monkeypatch):
     assert result.err.count("not compiled: no compiler") == 1 and "compiling" not in result.err
 
 
-def test_after_a_length_that_fails_none_is_compiled(script, longer, monkeypatch):
+def test_after_a_length_that_fails_none_is_compiled(script, longer, typed, monkeypatch):
     import sampling
 
     asked = []
@@ -150,20 +162,21 @@ def test_after_a_length_that_fails_none_is_compiled(script, longer, monkeypatch)
 
     monkeypatch.setattr(sampling, "compile_decode", second_fails)
     monkeypatch.setattr("runtime.why_not_compile", lambda where: "")
-    prompts = "ab", "c" * 100, "d", "e" * 180, "f" * 100
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
+    typed("ab", "c" * 100, "d", "e" * 180, "f" * 100)
     flags = [f"--out_dir={longer}", "--interactive", "--max_new_tokens=40", "--device=cpu"]
     result = script("sample.py", *flags, "--compile=True")
     assert result.code == 0 and asked == [128, 192] and "going on without (no)" in result.err
 
 
 @pytest.mark.skipif(runtime.why_not_compile(torch.device("cpu")) != "", reason="no C++ compiler")
-def test_longer_prompts_compile_before_their_text_and_a_length_once(script, longer, monkeypatch):
+def test_longer_prompts_compile_before_their_text_and_a_length_once(
+    script, longer, typed, monkeypatch
+):
     """By inductor itself: nothing is left to compile once a text begins."""
     import sampling
 
     prompts = ["ab", "c" * 100, "d" * 99, "e" * 180, "f"]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
+    typed(*prompts)
     graphs, real = [], sampling.compile_decode
 
     def counted(*args):

@@ -186,7 +186,10 @@ def leave() -> None:
 
 def replicate(model: nn.Module) -> nn.Module:
     """The model with rank 0's weights on all ranks, its gradients averaged by DDP."""
-    return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # the tables of positions need not travel at each forward; torch 2.13 renamed the argument
+    net.broadcast_buffers = False
+    return net
 
 
 def shard(

@@ -341,6 +341,8 @@ def main() -> None:
         raise ValueError(f"out={out!r} is a folder, or in one that is not there")
     where = runtime.select_device(device)
     number, _ = runtime.select_dtype(dtype, where)
+    if why := runtime.unused_gpu(device, where):
+        print(f"WARNING: on the {where.type}: {why}", file=sys.stderr)
     found = pretrained.load(init_from, out_dir)
     for problem in found.problems:
         print(f"passed over: {problem}", file=sys.stderr)

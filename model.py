@@ -197,8 +197,9 @@ class Attention(nn.Module):
                 # The query heads that share a key head, as if they were several positions of it:
                 # every fast kernel takes that, while few take grouped heads with a mask.
                 q = q.view(B, k.size(1), -1, self.head_dim)  # (B, nkv, nh / nkv, hd)
-        if not self.grouped:
-            copies = q.size(1) // k.size(1)
+        copies = q.size(1) // k.size(1)
+        # no fused kernel of a GeForce card takes grouped heads with a mask
+        if copies > 1 and (not self.grouped or (mask is not None and x.is_cuda)):
             k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
         if cache is not None and B == T == 1 and x.is_cpu and torch.compiler.is_compiling():
             assert mask is not None
@@ -213,7 +214,7 @@ class Attention(nn.Module):
                 is_causal=mask is None,
                 enable_gqa=q.size(1) != k.size(1),
             )
-        y = y.view(B, -1, T, self.head_dim)  # (B, nh, T, hd)
+        y = y.reshape(B, -1, T, self.head_dim)  # (B, nh, T, hd), of any strides before
         y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(y, self.dropout, self.training)
 

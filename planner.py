@@ -61,14 +61,47 @@ class Card:
 
 
 CARDS = (
-    *(Card("RTX 3060", 12), Card("RTX 3070", 8), Card("RTX 3080", 10), Card("RTX 3090", 24)),
-    *(Card("RTX 3090 Ti", 24), Card("RTX 4060", 8), Card("RTX 4060 Ti", 16), Card("RTX 4070", 12)),
-    *(Card("RTX 4080", 16), Card("RTX 4090", 24), Card("RTX 5090", 32), Card("RTX A6000", 48)),
-    *(Card("A100 40GB", 40, 230e9, 100e9), Card("A100 80GB", 80, 230e9, 100e9)),
-    *(Card("H100 80GB", 80, 370e9, 200e9), Card("H100 PCIe", 80)),
+    Card("A10", 24),
+    Card("A40", 48),
+    Card("A100 40GB", 40, 230e9, 100e9),
+    Card("A100 80GB", 80, 230e9, 100e9),
+    Card("H100 80GB", 80, 370e9, 200e9),
+    Card("H100 NVL", 94),
+    Card("H100 PCIe", 80),
+    Card("H200", 141, 370e9, 200e9),
+    Card("L4", 24),
+    Card("L40S", 48),
+    Card("RTX 3050", 8),
+    Card("RTX 3060", 12),
+    Card("RTX 3060 Ti", 8),
+    Card("RTX 3070", 8),
+    Card("RTX 3070 Ti", 8),
+    Card("RTX 3080", 10),
+    Card("RTX 3080 Ti", 12),
+    Card("RTX 3090", 24),
+    Card("RTX 3090 Ti", 24),
+    Card("RTX 4060", 8),
+    Card("RTX 4060 Ti 8GB", 8),
+    Card("RTX 4060 Ti 16GB", 16),
+    Card("RTX 4070", 12),
+    Card("RTX 4070 SUPER", 12),
+    Card("RTX 4070 Ti", 12),
+    Card("RTX 4070 Ti SUPER", 16),
+    Card("RTX 4080", 16),
+    Card("RTX 4080 SUPER", 16),
+    Card("RTX 4090", 24),
+    Card("RTX 4090 D", 24),
+    Card("RTX 5060 Ti 8GB", 8),
+    Card("RTX 5060 Ti 16GB", 16),
+    Card("RTX 5070", 12),
+    Card("RTX 5070 Ti", 16),
+    Card("RTX 5080", 16),
+    Card("RTX 5090", 32),
+    Card("RTX 6000 Ada", 48),
+    Card("RTX A6000", 48),
+    Card("T4", 16, half=torch.float16),
     Card("V100 16GB", 16, 100e9, half=torch.float16),
     Card("V100 32GB", 32, 100e9, half=torch.float16),
-    Card("T4", 16, half=torch.float16),
 )
 
 
@@ -195,9 +228,7 @@ def timed_step(
     training: Training, device: torch.device, batch: int, micro_steps: int, repeats: int = 3
 ) -> float:
     """Measured seconds of an update: a few micro-steps (the median) and the optimizer's step."""
-    torch.set_float32_matmul_precision("high")
-    if device.type == "cpu":
-        runtime.keep_freed_memory()
+    runtime.tune(device)
     model = GPT(training.size).to(device)
     model.activation_checkpointing = training.checkpointing
     optimizer = configure_optimizer(model, 1e-4, (0.9, 0.95), 0.1)

@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,24 +27,51 @@ HUGE_PAGE = 2**21  # bytes
 # Dense bf16 (fp16 where noted) TFLOP/s with fp32 accumulation, from the makers' data sheets, by the
 # card's whole name without its maker, memory and socket: a laptop's card of that number is slower.
 PEAK_TFLOPS = {
+    "A10": 125.0,
+    "A40": 150.0,
+    **dict.fromkeys(("A100", "A100 PCIe", "A100-PCIE"), 312.0),
+    "H100": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H200": 989.0,
+    "L4": 121.0,
+    "L40S": 362.0,
+    "RTX 3050": 18.2,
     "RTX 3060": 25.5,
+    "RTX 3060 Ti": 32.4,
     "RTX 3070": 40.6,
+    "RTX 3070 Ti": 43.5,
     "RTX 3080": 59.5,
+    "RTX 3080 Ti": 68.2,
     "RTX 3090": 71.0,
     "RTX 3090 Ti": 80.0,
     "RTX 4060": 30.2,
     "RTX 4060 Ti": 44.1,
     "RTX 4070": 58.3,
+    "RTX 4070 SUPER": 71.0,
+    "RTX 4070 Ti": 80.2,
+    "RTX 4070 Ti SUPER": 88.2,
     "RTX 4080": 97.5,
+    "RTX 4080 SUPER": 104.4,
     "RTX 4090": 165.0,
+    "RTX 4090 D": 147.1,
+    "RTX 5060 Ti": 47.4,
+    "RTX 5070": 61.7,
+    "RTX 5070 Ti": 87.9,
+    "RTX 5080": 112.6,
     "RTX 5090": 209.5,
+    "RTX 6000 Ada": 364.0,
     "RTX A6000": 155.0,
-    **dict.fromkeys(("A100", "A100 PCIe", "A100-PCIE"), 312.0),
-    "H100": 989.0,
-    "H100 PCIe": 756.0,
-    "V100": 125.0,  # fp16
     "T4": 65.0,  # fp16
+    "V100": 125.0,  # fp16
 }
+# The oldest driver for a torch built with a CUDA of this number, by NVIDIA's compatibility table.
+OLDEST_DRIVER = {"12": 525, "13": 580}
+# How CUDA, Triton, cuBLAS, cuDNN, mps and the CPU's allocator say that memory is short.
+SHORT_OF_MEMORY = (
+    *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    *("can't allocate memory", "not enough memory"),
+)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -62,7 +90,9 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"{script}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(1)
-    except torch.OutOfMemoryError as e:
+    except Exception as e:
+        if sys.flags.dev_mode or not is_oom(e):
+            raise
         print(f"{script}: out of memory: {str(e).splitlines()[0]}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -196,27 +226,125 @@ def unlock_folders() -> None:
 _locks: list[TextIO] = []
 
 
+def is_oom(e: BaseException | None) -> bool:
+    """Whether an error says that memory is short, however deep inside it says so.
+
+    CUDA has several errors for it beside torch.OutOfMemoryError, and what runs out of memory while
+    a graph is compiled or first called comes inside the compiler's own error.
+    """
+    seen: set[int] = set()
+    while e is not None and id(e) not in seen:
+        seen.add(id(e))
+        if isinstance(e, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(e, RuntimeError) and any(words in str(e) for words in SHORT_OF_MEMORY):
+            return True
+        e = getattr(e, "inner_exception", None) or e.__cause__
+    return False
+
+
 def select_device(name: str) -> torch.device:
     """The device of a setting: auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N.
 
-    Raises ValueError for another name and for a device that this machine or torch build lacks.
+    A GPU's has its index, which torch.cuda.set_device wants. auto passes over a GPU that torch
+    cannot use; `unused_gpu` tells. Raises ValueError for another name and for a device that this
+    machine or torch build lacks.
     """
     mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        usable = torch.cuda.is_available() and not missing_kernels(0)
+        name = "cuda" if usable else "mps" if mps else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and (kind != "cuda" or not index.isdigit())):
         raise ValueError(f"device must be auto, cpu, mps, cuda or cuda:N, not {name!r}")
     if kind == "mps" and not mps:
         raise ValueError("device='mps' needs a Mac with Apple silicon; write --device=auto")
-    if kind == "cuda" and not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if not torch.version.cuda else "no GPU was found"
-        raise ValueError(f"device={name!r}, but {why}; write --device=auto")
-    if index and int(index) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}, but there are {torch.cuda.device_count()} GPUs")
-    if kind == "cuda":
-        torch.cuda.set_device(int(index or 0))
-    return torch.device(name)
+    if kind != "cuda":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        why = "no GPU was found" if torch.version.cuda else "this torch is built without CUDA"
+        why = refused_gpu() or f"{why}; write --device=auto"
+        raise ValueError(f"device={name!r}, but {why}")
+    number = int(index or 0)
+    if number >= torch.cuda.device_count():
+        there = ", ".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+        raise ValueError(f"device={name!r}, but the GPUs here are {there}; write --device=auto")
+    if why := missing_kernels(number):
+        raise ValueError(f"device={name!r}, but {why}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def unused_gpu(name: str, device: torch.device) -> str:
+    """Why a setting of auto came to a device without this machine's NVIDIA GPU; "" if it did not.
+
+    With what to type to make torch use the GPU.
+    """
+    if name != "auto" or device.type == "cuda":
+        return ""
+    return missing_kernels(0) if torch.cuda.is_available() else refused_gpu()
+
+
+def missing_kernels(number: int) -> str:
+    """Why this torch has no code for a GPU of this machine, and what to type; "" when it has."""
+    major, minor = torch.cuda.get_device_capability(number)
+    known = [arch.partition("_") for arch in torch.cuda.get_arch_list() if "_" in arch]
+    for kind, _, digits in known:
+        at = int(re.sub(r"\D.*", "", digits))  # sm_86 and sm_90a run on their generation
+        same = kind == "sm" and at // 10 == major and at % 10 <= minor
+        if same or (kind == "compute" and at <= 10 * major + minor):
+            return ""
+    if not known or not torch.version.cuda:  # an AMD GPU, whose kinds have other names
+        return ""
+    old = 10 * major + minor < min(int(re.sub(r"\D.*", "", digits)) for _, _, digits in known)
+    # builds with an older CUDA know older cards, new torches know newer ones
+    what = install_torch("cu126") if old else "pip install --upgrade torch"
+    return (
+        f"torch {torch.__version__} has no kernels for the {torch.cuda.get_device_name(number)} "
+        f"(compute capability {major}.{minor}); install one that has: {what}"
+    )
+
+
+def refused_gpu() -> str:
+    """Why torch does not see this machine's NVIDIA GPU, and what to type; "" when there is none.
+
+    NVIDIA's own program says whether there is one.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None or torch.version.hip or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ""
+    query = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(
+            query, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    card, _, driver = said.stdout.partition("\n")[0].partition(", ")
+    if said.returncode or not driver:
+        return ""
+    version = torch.version.cuda
+    if not version:
+        return (
+            f"this torch is built without CUDA and cannot use the {card}; install one that can: "
+            f"{install_torch()}"
+        )
+    oldest = OLDEST_DRIVER.get(version.partition(".")[0], 0)
+    if int(re.sub(r"\D.*", "", driver) or 0) < oldest:
+        return (
+            f"the driver {driver} of the {card} is too old for this torch, whose CUDA {version} "
+            f"needs {oldest}; update the driver, or install a torch for it: {install_torch()}"
+        )
+    return (
+        f"torch cannot use the {card} (driver {driver}, CUDA {version}); "
+        "python -c 'import torch; torch.cuda.init()' says why"
+    )
+
+
+def install_torch(build: str = "auto") -> str:
+    """The command that installs this torch anew, in the build that fits the machine's driver."""
+    version = torch.__version__.partition("+")[0]
+    return f"pip install uv && uv pip install --reinstall --torch-backend={build} torch=={version}"
 
 
 def select_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -248,6 +376,34 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
         return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype)
     return context
+
+
+def tune(device: torch.device) -> None:
+    """Set what makes training fast on a device, for the whole process."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def make_deterministic(wanted: bool) -> None:
+    """Have every operation give the same bits each time, on a GPU at some cost of speed.
+
+    On CUDA the backward passes of attention and of the embedding otherwise add in any order, and
+    the compiler chooses among kernels by timing them. Before the first product: cuBLAS reads its
+    variable once. Operations that have no such form raise RuntimeError.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nobody here reads such memory
+    if wanted or torch.are_deterministic_algorithms_enabled():  # it loads the compiler's settings
+        torch.use_deterministic_algorithms(wanted)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give memory that tensors have freed back to the GPU, for blocks of other sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def why_not_compile(device: torch.device) -> str:
@@ -324,7 +480,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 def short_name(card: str) -> str:
     """A card's name without maker, memory size and socket: "A100" for NVIDIA A100-SXM4-40GB."""
-    name = re.sub(r"\b(NVIDIA|GeForce|Tesla)\b|[- ](SXM\d*|\d+ ?GB|HBM\d\w?)\b", " ", card)
+    maker = r"\b(NVIDIA|GeForce|Tesla|Generation)\b"
+    name = re.sub(rf"{maker}|[- ](SXM\d*|\d+ ?GB|HBM\d\w?)\b", " ", card)
     return " ".join(name.split())
 
 
@@ -333,4 +490,9 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return f"{torch.cuda.get_device_name(device)}, {total / 2**30:.0f} GiB"
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else "mps"
+    if device.type == "mps":
+        return "mps"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if torch.cpu._is_amx_tile_supported():
+        instructions += " and AMX"
+    return f"cpu, {torch.get_num_threads()} threads, {instructions}"

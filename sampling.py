@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 MIN_CACHE = 128  # positions
 FEW_ROWS = 64
+GRAPHS = 64  # of decode, in a process
 
 
 class Model(Protocol):
@@ -114,9 +115,10 @@ def compile_decode(model: Model, length: int) -> str:
         "dynamic": False,
         "fullgraph": True,  # past the limit an error: a plain call would be followed by one
         "options": {"cpp.enable_floating_point_contract_flag": "fast"},  # one rounding
-        # a graph for each length of the cache, batch and model: torch's own limit is 8
-        "recompile_limit": 64,
     }
+    # a graph for each length of the cache, batch and model: torch's own limit is 8; as an argument
+    # of torch.compile it is not in torch 2.11
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     last: weakref.ref[Any] | None = None
 
     def decode(idx: Tensor, position: Tensor, cache: Any, pad: Tensor) -> Tensor:

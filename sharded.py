@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -67,13 +67,16 @@ class Writer:
         self.rank = dist.get_rank()
         # of its own, since a thread uses it while training exchanges numbers
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-        cuda = torch.cuda.is_available()
-        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        self.on_gpu = torch.cuda.is_available()
+        # not DefaultStager, which in torch 2.11 can be used once
+        self.stager = StateDictStager(pin_memory=self.on_gpu)
 
     def copy(self, state: dict[str, Any]) -> Copied:
         """This rank's tensors on the CPU, written over those of the last copy, and the rest."""
         optimizer = {k: v for k, v in state["optimizer"].items() if k != "state"}
-        copied: Any = self.stager.stage(tensors_of(state))
+        copied: Any = self.stager.stage(tensors_of(state), non_blocking=self.on_gpu)
+        if self.on_gpu:
+            torch.cuda.synchronize()
         return copied, state | {"model": {}, "optimizer": optimizer}
 
     def save(self, path: Path, copied: Copied) -> None:

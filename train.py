@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import shlex
 import statistics
 import sys
@@ -21,6 +22,10 @@ from typing import Any, TypeVar
 # program made small models 30 times slower. Spinning this long cost the demo 2% on an idle one, a
 # tenth of it 35%; beside another program the demo then had 0.5 times the speed of a tenth.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Before torch makes its allocator: what is freed on a GPU serves blocks of any size. WSL lacks it.
+if sys.platform == "linux" and "microsoft" not in platform.release().lower():
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name it had until torch 2.9
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from torch import Tensor
@@ -103,6 +108,7 @@ device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: type of matrix products, by autocast
 parallel = "ddp"  # under torchrun: ddp (whole models), fsdp (sharded), hsdp (sharded per machine)
 compile = "auto"  # auto, True, False: torch.compile
+deterministic = False  # on CUDA: a resumed run is the same bit for bit, as on a CPU; slower
 activation_checkpointing = False  # compute each block twice: less memory, a third more operations
 # a plan instead of a run
 dry_run = False  # print what the run will take; device may then be a card's name, as RTX3090
@@ -398,6 +404,8 @@ def plan() -> None:
     )
     say(planner.data_line(folder, training, tokens_per_step, max_iters))
     say(f"machine  {name}; {number} ({why})".replace("torch.", ""))
+    if not card and (problem := runtime.unused_gpu(device, where)):
+        say(f"WARNING  planned for the {where.type}: {problem}")
     there, disk = planner.existing(Path(out_dir)), disk_needed(num_parameters(empty))
     say(planner.disk_line(there, **disk))
     for line in planner.plan(
@@ -417,6 +425,7 @@ def main() -> None:
     check_settings()
     team = distributed.join(max(30, watchdog_minutes or 24 * 60))
     rank, ranks = team.rank, team.ranks
+    runtime.make_deterministic(deterministic)
     where = runtime.select_device(team.device(device))
     number, why = runtime.select_dtype(dtype, where)
     sharded = parallel != "ddp" and not team.alone
@@ -482,9 +491,7 @@ def main() -> None:
     loader = TrainLoader(train_data, order, rank, ranks, where)
 
     # --- model and optimizer
-    if where.type == "cpu":
-        runtime.keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    runtime.tune(where)
     torch.manual_seed(seed)
     # rank 0's go to all, unless each reads its own
     with contextlib.nullcontext() if rank == 0 and not shards else checkpoint.SkipInit():
@@ -533,7 +540,10 @@ def main() -> None:
         say(f"data     {folder} has no meta.json: taken for GPT-2 tokens in uint16")
     machine = f"{ranks} x {runtime.describe(where)}" if ranks > 1 else runtime.describe(where)
     line = f"machine  {machine}; {number} ({why}); {kernel} attention"
+    line += "; deterministic" if deterministic else ""
     say(line.replace("torch.", ""))
+    if why := runtime.unused_gpu(device, where):
+        say(f"WARNING  training on the {where.type}: {why}")
     if resumed:
         say(f"resumed  {path} at {state.iter_num} updates")
 
@@ -592,18 +602,23 @@ def main() -> None:
             met = False
             try:
                 return work()
-            except torch.OutOfMemoryError as e:
+            except Exception as e:
+                if not runtime.is_oom(e):
+                    raise
                 if met or sharded:
                     raise ValueError(
                         f"out of memory with batch_size={micro_batch} while ranks exchange "
                         "numbers; go on with --init_from=auto and a smaller --batch_size"
                     ) from e
-                say(f"out of memory with batch_size={micro_batch}: {e}".splitlines()[0][:160])
+                inner = getattr(e, "inner_exception", e)  # the compiler's own names the backend
+                say(f"out of memory with batch_size={micro_batch}: {inner}".splitlines()[0][:160])
                 if str(e) != ELSEWHERE:
                     agree(short=True)
             optimizer.zero_grad(set_to_none=True)
-            if where.type == "cuda":
-                torch.cuda.empty_cache()
+            model.train()  # it may have happened in an evaluation
+            if not why_not:
+                torch.compiler.reset()  # graphs of the old size are of no use, and have a limit
+            runtime.release_memory(where)
             windows = tokens_per_step // (context * ranks)
             micro_batch = state.micro_batch = smaller_batch(micro_batch, windows)
             micro_steps = windows // micro_batch
@@ -623,7 +638,7 @@ def main() -> None:
         runtime.keep_less()
         compiled = list(model.layers) if sharded else [model]
         for part in compiled:
-            part.compile()
+            part.compile(dynamic=False)  # else a second size has symbols instead of numbers
         try:
             in_memory(first_step)
             say(f"compile  took {time.perf_counter() - t0:.0f} s")

@@ -24,8 +24,8 @@ from quantization import quantize
         ("Tesla T4", 65.0),
         ("NVIDIA T400 4GB", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA GeForce RTX 4090 D", None),
-        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090 D", 147.1),
+        ("NVIDIA H100 NVL", 835.0),
     ],
 )
 def test_cards_are_known_by_their_whole_name(card, tflops):

@@ -342,9 +342,10 @@ def refused_gpu() -> str:
 
 
 def install_torch(build: str = "auto") -> str:
-    """The command that installs this torch anew, in the build that fits the machine's driver."""
+    """What installs this torch anew in another build; auto is the one for the machine's driver."""
     version = torch.__version__.partition("+")[0]
-    return f"pip install uv && uv pip install --reinstall --torch-backend={build} torch=={version}"
+    command = f"uv pip install --reinstall --torch-backend={build} torch=={version}"
+    return f"pip install uv && {command} (in a virtual environment)"
 
 
 def select_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -395,7 +396,8 @@ def make_deterministic(wanted: bool) -> None:
     """
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nobody here reads such memory
+        fills = torch.utils.deterministic  # nobody here reads such memory
+        fills.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if wanted or torch.are_deterministic_algorithms_enabled():  # it loads the compiler's settings
         torch.use_deterministic_algorithms(wanted)
 

@@ -60,7 +60,7 @@ KINDS = {"cpu", "cuda"}
 
 
 class Sites(ast.NodeVisitor):
-    """Conditions on the kind of device in a module: (function, line, expression, its value on CUDA)."""
+    """Conditions on the kind of device: (function, line, expression, its value on CUDA)."""
 
     def __init__(self, module):
         self.module, self.inside, self.found = module, [], []
@@ -889,6 +889,8 @@ def test_steps_of_a_plan_are_timed_after_the_device_is_done(gpu, monkeypatch):
             return self
 
     monkeypatch.setattr(planner, "GPT", Small)
+    idle = types.SimpleNamespace(step=lambda: None)  # a real one asks for the GPU's stream
+    monkeypatch.setattr(planner, "configure_optimizer", lambda *_: idle)
     monkeypatch.setattr(planner, "memory_lines", lambda *_: ())  # fake tensors ask for a real GPU
     monkeypatch.setattr(planner, "card_lines", lambda *_: ())
     monkeypatch.setattr(planner, "smallest_change", lambda *_: "")

@@ -249,7 +249,7 @@ def test_compile_that_fails_falls_back_to_eager(script, tiny, tmp_path, monkeypa
     script("train.py", *tiny)
     eager = records(tmp_path)
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", broken)
+        torch.nn.Module, "compile", lambda self, **_: setattr(self, "_compiled_call_impl", broken)
     )
     result = script("train.py", *tiny, "--compile=True", "--overwrite=True")
     assert result.code == 0 and "failed, training uncompiled" in result.out

@@ -1,0 +1,194 @@
+"""Device, batches, attention's kernels, and the model's numbers against those of a CPU."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import runtime
+import scoring
+from dataloader import TokenData, TrainLoader, TrainOrder, host_tensor
+from model import GPT, IGNORE_INDEX, GPTConfig, choose_attention
+
+pytestmark = pytest.mark.gpu
+
+FAST = [  # what needs no T x T scores in memory
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+]
+HEADS = [(16, 4), (4, 4), (4, 1)]
+TYPES = [torch.bfloat16, torch.float32]
+
+
+def size(heads, key_heads, **fields):
+    sizes = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 256}
+    sizes |= {"num_hidden_layers": 2, "head_dim": 64, "max_position_embeddings": 128}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": key_heads}
+    return GPTConfig(**sizes | fields)
+
+
+def ready(where, dtype, heads, key_heads):
+    """A model as sample.py has it: its weights in the type that they are used in."""
+    torch.manual_seed(0)
+    model = GPT(size(heads, key_heads)).eval().to(where, dtype)
+    choose_attention(model, dtype)
+    return model
+
+
+# ---------------------------------------------------------------- device and batches
+
+
+def test_a_device_has_its_number(where):
+    """`cuda` without one: torch.cuda.set_device refused it in the thread that reads batches."""
+    names = ("auto", "cuda", "cuda:0") if where.type == "cuda" else ("auto", "cpu")
+    for name in names:
+        assert runtime.select_device(name) == where, name
+
+
+def test_batches_are_those_of_a_cpu(where, dataset):
+    """Many are on their way at once; memory that is used again too early would mix them up."""
+    data = TokenData(dataset, "train", 64, 257)
+    order = TrainOrder(data.tokens, 64, 64 * 12, 1337)
+    chosen = runtime.select_device(where.type)
+
+    def batches(device):
+        loader = TrainLoader(data, order, 0, 1, device)
+        steps = [loader.batch(step, micro, 4) for step in range(30) for micro in range(3)]
+        return torch.stack([torch.stack(pair) for pair in steps])
+
+    mine = batches(chosen)
+    assert mine.device == where and len(mine.unique(dim=0)) == len(mine)
+    assert torch.equal(mine.cpu(), batches(torch.device("cpu")))
+
+
+def test_batches_leave_from_pinned_memory(only_cuda, where):
+    """What is not pinned is copied with a wait for the GPU."""
+    rows = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    assert host_tensor(rows, where).is_pinned()
+
+
+def test_a_card_is_described(where):
+    """A name that nobody has thought of must not stop a run."""
+    assert where.type != "cuda" or "GiB" in runtime.describe(where)
+    peak = runtime.peak_flops(where)
+    assert peak is None or 1e13 < peak < 1e16
+    if where.type == "cuda" and "H100" in torch.cuda.get_device_name(where):
+        assert peak and peak > 7e14, "the card that is rented most often"
+
+
+def test_out_of_memory_is_recognised(where):
+    """By whatever error: of a card with no room, inside the compiler's, of cuBLAS."""
+    with pytest.raises(RuntimeError) as short:
+        torch.empty(2**40 if where.type == "cuda" else 2**60, dtype=torch.uint8, device=where)
+    outer = RuntimeError("backend='inductor' raised")
+    outer.inner_exception = short.value
+    for e in (short.value, outer, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")):
+        assert runtime.is_oom(e)
+    for e in (ValueError("out of range"), RuntimeError("CUDA error: device-side assert triggered")):
+        assert not runtime.is_oom(e)
+
+
+# ---------------------------------------------------------------- attention
+
+
+@pytest.fixture
+def key_heads(monkeypatch):
+    """The number of key heads in each call of attention."""
+    found, real = [], F.scaled_dot_product_attention
+
+    def attention(q, k, v, **how):
+        found.append(k.size(1))
+        return real(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    return found
+
+
+def test_training_runs_flash_attention_without_copies_of_heads(where, key_heads):
+    """Else the reference trains at half its speed, and with three times the keys in memory."""
+    if where.type == "cuda" and torch.cuda.get_device_capability(where) < (8, 0):
+        pytest.skip("flash attention needs compute capability 8.0")
+    model = GPT(size(16, 4)).to(where)
+    assert choose_attention(model, torch.bfloat16) == "flash"
+    x = torch.randint(320, (2, 128), device=where)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), runtime.autocast(where, torch.bfloat16):
+        model(x, x, loss_only=True)[1].backward()
+    assert key_heads == [4, 4]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("heads", "few"), HEADS)
+def test_a_padded_prompt_and_its_tokens_need_no_score_matrix(where, dtype, heads, few):
+    """With a mask and grouped heads torch falls to plain products in silence, or has no kernel."""
+    model = ready(where, dtype, heads, few)
+    x = torch.randint(320, (3, 21), device=where)
+    pad = torch.tensor([0, 5, 20], device=where)
+    more = torch.randint(320, (3, 1), device=where)
+
+    @torch.no_grad()
+    def logits(rows, pad):
+        """After the prompt, and after one more token."""
+        cache = model.new_cache(len(rows), 64)
+        first = model.prefill(rows[:, :-1], cache, pad)
+        position = torch.tensor([rows.size(1) - 1], device=where)
+        known = rows.new_zeros(len(rows)) if pad is None else pad
+        return torch.stack([first, model.decode(rows[:, -1:], position, cache, known)])
+
+    rows = torch.cat((x, more), 1)
+    with sdpa_kernel(FAST):
+        found = logits(rows, pad)
+    with sdpa_kernel(SDPBackend.MATH):
+        alone = [logits(row[None, n:], None) for row, n in zip(rows, pad.tolist(), strict=True)]
+    error = (found - torch.cat(alone, 1)).float().norm() / found.float().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("heads", "few"), HEADS)
+def test_questions_with_several_answers_need_no_score_matrix(where, dtype, heads, few):
+    """The same for the mask of HellaSwag's endings, which do not see each other."""
+    model = ready(where, torch.float32, heads, few)
+    choose_attention(model, dtype)
+    ids = np.random.default_rng(0).integers(0, 320, 60)
+    together = [scoring.Question(ids[:20], [ids[20:29], ids[29:33], ids[33:60]])]
+    apart = [scoring.Question(together[0].context, [answer]) for answer in together[0].answers]
+
+    def score(questions):
+        with runtime.autocast(where, dtype):
+            return [s.loglikelihood for q in scoring.score(model, questions, 320, 512) for s in q]
+
+    with sdpa_kernel(FAST):
+        found = score(together)
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = score(apart)
+    assert found == pytest.approx(wanted, rel=1e-5 if dtype == torch.float32 else 5e-3)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(("heads", "few"), [(4, 4), (4, 2)])
+def test_loss_and_gradients_are_those_of_a_cpu(where, heads, few):
+    """In float32 with all its bits: a kernel that is wrong on a GPU shows here."""
+    torch.manual_seed(0)
+    model = GPT(size(heads, few, qk_norm=True))
+    x = torch.randint(320, (4, 128))
+    y = torch.where(torch.rand(4, 128) < 0.1, IGNORE_INDEX, x.roll(-1, 1))
+
+    def numbers(device):
+        there = copy.deepcopy(model).to(device)
+        choose_attention(there, torch.float32)
+        loss = there(x.to(device), y.to(device), loss_only=True)[1]
+        loss.backward()
+        return {"loss": loss.detach().cpu()} | {
+            name: p.grad.cpu() for name, p in there.named_parameters()
+        }
+
+    mine, theirs = numbers(where), numbers("cpu")
+    for name, number in theirs.items():
+        assert number.norm() > 0
+        assert (mine[name] - number).norm() < 1e-4 * number.norm(), name

@@ -16,6 +16,8 @@ decode: greedy text from random weights (--layers=24 --hidden=1024: the referenc
 load: the batches of the loader against the ways of nanoGPT and EasyGPT.
 ranks: training on two processes, a core each, against one on one core, at the same global batch.
 startup: from typing a command to train.py's first step and to sample.py's first token.
+gpu: all that is planned, promised or assumed about a GPU, in at most eight minutes, and a report to
+    send: speed, memory against the plan, out of memory, resuming, decoding and more (bench_gpu.py).
 """
 
 import contextlib
@@ -52,10 +54,14 @@ layers = 6  # train, decode
 hidden = 384  # train, decode
 batch = 4  # train: windows in a step
 context = 256  # train: tokens in a window
-steps = 600  # save: updates of a run
+updates = 600  # save: of a run
 cases = "1x64,1x512,8x64"  # decode: prompts in a batch x tokens of each
 new_tokens = 128  # decode: made after each prompt
-png = ""  # not prepare, save: also draw the table into this file
+steps = ""  # gpu: which steps to run, as 2,8; empty = all
+report = "out/gpu.json"  # gpu: the file that results are added to
+device = "auto"  # gpu: auto, cuda, cuda:1; cpu with tiny
+tiny = False  # gpu: toy sizes, to try the bench itself, be it on a CPU
+png = ""  # not prepare, save, gpu: also draw the table into this file
 
 ROOT = Path(__file__).resolve().parent
 CORPUS_BYTES, DOCUMENT_BYTES = 64e6, 5000
@@ -544,7 +550,7 @@ def bench_save(folder: Path) -> None:
     Of each 25 updates the first 12, with the save and its writing, are compared with the next 12.
     """
     out = folder / "out"
-    flags = [f"--out_dir={out}", f"--max_iters={steps}", "--warmup_iters=10", "--log_interval=1"]
+    flags = [f"--out_dir={out}", f"--max_iters={updates}", "--warmup_iters=10", "--log_interval=1"]
     flags += ["--eval_iters=1", "--eval_interval=1000000", "--checkpoint_interval=25"]
     costs = []
     for i in range(repeats):
@@ -635,19 +641,19 @@ def our_decoders(model: Any) -> list[Decoder]:
     return found
 
 
-def transformers_decoder(model: Any, folder: Path) -> Decoder:
-    """Its cached generate, with the same weights."""
+def transformers_decoder(model: Any, folder: Path, number: Any) -> Decoder:
+    """Its cached generate, with the same weights in the type `number`, on the same device."""
     import torch
     from transformers import LlamaForCausalLM
 
     import hf
 
-    number = getattr(torch, dtype)
     weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     settings = json.dumps(hf.config_json(model.config, number, 0))
     (folder / "config.json").write_text(settings, encoding="utf-8")
     hf.write_weights(folder / "model.safetensors", weights, number)
     theirs = LlamaForCausalLM.from_pretrained(folder, dtype=number, attn_implementation="sdpa")
+    theirs.to(model.embed_tokens.weight.device)
 
     def generate(ids: Any, n: int) -> Sequence[int]:
         settings = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
@@ -736,8 +742,9 @@ def bench_decode(folder: Path) -> None:
     with torch.no_grad():
         for p in model.layers.parameters():
             p.mul_(6)  # untouched, a model with a tied head repeats its last token for ever
-    model.to(getattr(torch, dtype))
-    decoders = [transformers_decoder(model, folder), *our_decoders(model)]
+    number = getattr(torch, dtype)
+    model.to(number)
+    decoders = [transformers_decoder(model, folder, number), *our_decoders(model)]
     decoders += [peer_decoder(path, model.config) for path in filter(None, peer.split(","))]
     decoders += llama_cpp_decoders(model, folder)
     bars = []
@@ -919,6 +926,13 @@ def bench_startup(folder: Path) -> None:
     picture(png, "seconds from typing to the first step or token", bars)
 
 
+def bench_gpu(folder: Path) -> None:
+    """Print a line of each step on a GPU when it is done, and tables at last."""
+    from bench_gpu import run
+
+    run(folder, steps, report, device, tiny)
+
+
 def main() -> None:
     benches = {
         **{"prepare": bench_prepare, "train": bench_train, "decode": bench_decode},
@@ -928,6 +942,7 @@ def main() -> None:
             "startup": bench_startup,
             "save": bench_save,
             "ranks": bench_ranks,
+            "gpu": bench_gpu,
         },
     }
     if what not in benches:
@@ -939,8 +954,8 @@ def main() -> None:
             "new_tokens must be at least 2, and cases BATCHxPROMPT with commas between, not "
             f"{new_tokens} and {cases!r}"
         )
-    if repeats < 1 or steps < 100 or num_proc < 1:
-        raise ValueError("repeats and num_proc must be at least 1, and steps at least 100")
+    if repeats < 1 or updates < 100 or num_proc < 1:
+        raise ValueError("repeats and num_proc must be at least 1, and updates at least 100")
     with tempfile.TemporaryDirectory() as folder:
         benches[what](Path(folder))
 

@@ -1,0 +1,180 @@
+"""bench.py --what=gpu on toy sizes: steps run, fail and hang, and the report stays whole."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bench_gpu
+
+TRY = ["--what=gpu", "--device=cpu", "--tiny=True"]
+GIB = 2**30
+
+
+@pytest.fixture
+def bench(script, tmp_path):
+    """Run it with flags: the script's result and the report's contents."""
+    path = tmp_path / "out" / "gpu.json"
+
+    def run(*flags):
+        result = script("bench.py", *TRY, f"--report={path}", *flags)
+        return result, json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+    return run
+
+
+def test_the_limits_are_eight_minutes_together():
+    assert sum(step.seconds for step in bench_gpu.STEPS) <= 480
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--steps=2,99"], "12 cuDNN, profile"),
+        (["--steps=two"], "numbers with commas"),
+        (["--device=cpu"], "--device=cpu --tiny=True"),
+        (["--device=tpu", "--tiny=True"], "--device=auto"),
+    ],
+)
+def test_a_mistake_is_one_line(script, tmp_path, flags, words):
+    result = script("bench.py", "--what=gpu", f"--report={tmp_path / 'r.json'}", *flags)
+    assert result.code == 1 and words in result.err and result.err.count("\n") == 1, result.err
+
+
+def test_a_file_that_is_no_report_is_left_alone(script, tmp_path):
+    path = tmp_path / "notes.json"
+    for text in ("{}x", "[1]", '{"a": 1}'):
+        path.write_text(text, encoding="utf-8")
+        result = script("bench.py", *TRY, f"--report={path}")
+        assert result.code == 1 and "--report" in result.err and path.read_text() == text
+
+
+def test_steps_are_added_to_the_report_and_the_newest_shown(bench):
+    result, rows = bench("--steps=0,9")
+    assert result.code == 0 and [r["step"] for r in rows] == [0, 9], result.err
+    assert all(r["passed"] and r["card"].startswith("cpu") for r in rows)
+    assert rows[0]["figures"]["tflops"] > 0 and rows[0]["torch"] == torch.__version__
+    again, rows = bench("--steps=9")
+    assert [r["step"] for r in rows] == [0, 9, 9]
+    lines = [line for line in again.out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines] == ["| step", "| 0", "| 9"]
+    assert f"{rows[-1]['seconds']:.0f} |" in lines[-1]
+
+
+def test_a_step_that_hangs_or_fails_stops_no_other(bench, monkeypatch):
+    quick = [bench_gpu.Step("a", 0, print), bench_gpu.Step("b", 0, print)]
+    monkeypatch.setattr(bench_gpu, "STEPS", quick)
+    result, rows = bench()
+    assert result.code == 1 and result.err.count("\n") == 1 and "0 a, 1 b" in result.err
+    assert [r["note"] for r in rows] == ["timed out after 0 s"] * 2
+    monkeypatch.undo()
+    monkeypatch.setattr(bench_gpu, "write_tokens", lambda *_: None)
+    result, rows = bench("--steps=5")
+    assert result.code == 1 and "5 uncompiled" in result.err
+    assert rows[-1]["passed"] is False and "data" in rows[-1]["note"], rows[-1]
+    assert "data" in result.out and "Traceback" not in result.out
+
+
+@pytest.mark.slow
+def test_all_steps_pass_on_toy_sizes(bench):
+    result, rows = bench()
+    assert result.code == 0, result.out + result.err
+    assert sorted(r["step"] for r in rows) == list(range(len(bench_gpu.STEPS)))
+    assert all(r["passed"] for r in rows)
+    found = {r["step"]: r["figures"] for r in rows}
+    assert len(found[12]["kernels_ms_calls"]) == 15 and found[2]["planned"] > 0
+    assert len([line for line in result.out.splitlines() if line.startswith("| ")]) == 14
+
+
+def training(**changed):
+    f = {"first_loss": 10.9, "last_loss": 9.0, "uniform_loss": math.log(50257), "updates": 30}
+    return f | {"compile": "True", "recompiles": 0, "lines": ["compile  took 40 s"]} | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "missed"),
+    [
+        ({}, []),
+        ({"last_loss": 11.0}, ["falling"]),
+        ({"last_loss": 11.0, "updates": 3}, []),
+        ({"first_loss": 12.0}, ["first loss about 10.8"]),
+        ({"recompiles": 1}, ["no recompile"]),
+        ({"lines": ["compile  failed, training uncompiled"]}, ["torch.compile works"]),
+        ({"lines": [], "compile": "False"}, []),
+    ],
+)
+def test_what_must_hold_for_training(changed, missed):
+    checks = bench_gpu.training_checks(training(**changed))
+    assert [name for name, holds in checks.items() if not holds] == missed
+
+
+def test_the_peak_is_compared_with_the_plan():
+    assert bench_gpu.peak_check(None, 100.0, 0.07) == {}
+    ratios = (0.92, 0.94, 1.06, 1.08)
+    holds = [[*bench_gpu.peak_check(int(r * GIB), GIB, 0.07).values()] for r in ratios]
+    assert holds == [[False], [True], [True], [False]]
+
+
+@pytest.mark.parametrize(
+    ("found", "passed"),
+    [
+        ({"note": "", "checks": {"a": True}}, (True, "")),
+        ({"note": "", "checks": {"a": True, "b": False}}, (False, "b")),
+        ({"note": "timed out after 9 s", "checks": {"a": True}}, (False, "timed out after 9 s")),
+        ({"note": "", "checks": {}}, (None, "")),
+    ],
+)
+def test_judging(found, passed):
+    assert bench_gpu.judge(found) == passed
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU of 16 GiB that is not there; what it is told to do is in its list."""
+    told = []
+    answers = {
+        "mem_get_info": (5 * GIB, 16 * GIB),
+        "max_memory_allocated": 8 * GIB,
+        "max_memory_reserved": 10 * GIB,
+        "memory_reserved": 9 * GIB,
+        "get_device_properties": SimpleNamespace(total_memory=16 * GIB),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    for owner, name in (
+        (torch.cuda, "reset_peak_memory_stats"),
+        (torch.cuda, "set_per_process_memory_fraction"),
+        (torch.accelerator, "synchronize"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *args, name=name: told.append((name, *args)))
+    return told
+
+
+def test_memory_of_a_gpu(card):
+    where = torch.device("cuda")
+    sizes = {"peak": 8 * GIB, "gaps": 2 * GIB, "context": 2 * GIB}
+    assert bench_gpu.memory_figures(where) == sizes and card == []
+    assert bench_gpu.memory_figures(where, reset=True) == sizes
+    bench_gpu.synchronise(where)
+    with bench_gpu.shortage(where):
+        pass
+    assert card == [
+        ("reset_peak_memory_stats", where),
+        ("synchronize", where),
+        ("set_per_process_memory_fraction", 9 / 16),  # of the selected device
+    ]
+
+
+def test_planned_and_measured_memory_stand_side_by_side():
+    sizes = {"context": 0.4 * GIB, "gaps": 0.3 * GIB}
+    reference = {"planned": 12 * GIB, "peak": 12.6 * GIB, "batch_size": 12, **sizes}
+    decoding = {"planned": GIB, "eager_peak": 1.1 * GIB, "eager_context": GIB, "eager_gaps": 0}
+    rows = {2: {"name": "reference", "figures": reference}, 5: {"name": "x", "figures": {}}}
+    rows[8] = {"name": "decoding", "figures": decoding}
+    lines = list(bench_gpu.memory_table(rows))
+    assert lines[2] == "| reference | 12 | 12.000 | 12.600 | 1.050 | 0.400 | 0.300 |"
+    assert lines[3] == "| decoding | 1 | 1.000 | 1.100 | 1.100 | 1.000 | 0.000 |"
+    assert "at most 1.00 GiB" in lines[-1] and len(lines) == 5
+    assert list(bench_gpu.memory_table({2: {"name": "r", "figures": {"planned": 1}}})) == []

@@ -342,7 +342,7 @@ def main() -> None:
     where = runtime.select_device(device)
     number, _ = runtime.select_dtype(dtype, where)
     if why := runtime.unused_gpu(device, where):
-        print(f"WARNING: on the {where.type}: {why}", file=sys.stderr)
+        print(f"WARNING  on the {where.type}: {why}", file=sys.stderr)
     found = pretrained.load(init_from, out_dir)
     for problem in found.problems:
         print(f"passed over: {problem}", file=sys.stderr)

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import faulthandler
+import gc
 import importlib.util
 import io
 import mmap
@@ -93,7 +94,8 @@ def run(main: Callable[[], None]) -> None:
     except Exception as e:
         if sys.flags.dev_mode or not is_oom(e):
             raise
-        print(f"{script}: out of memory: {str(e).splitlines()[0]}", file=sys.stderr)
+        what = "a smaller --batch_size, model or context, or --device=cpu"
+        print(f"{script}: out of memory: {first_line(e)}; try {what}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
@@ -243,6 +245,12 @@ def is_oom(e: BaseException | None) -> bool:
     return False
 
 
+def first_line(e: BaseException) -> str:
+    """What an error says, in a line; the compiler's own says what is inside."""
+    e = getattr(e, "inner_exception", None) or e
+    return next(iter(str(e).strip().splitlines()), "") or type(e).__name__
+
+
 def select_device(name: str) -> torch.device:
     """The device of a setting: auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N.
 
@@ -252,8 +260,9 @@ def select_device(name: str) -> torch.device:
     """
     mps = torch.backends.mps.is_available()
     if name == "auto":
-        usable = torch.cuda.is_available() and not missing_kernels(0)
-        name = "cuda" if usable else "mps" if mps else "cpu"
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        usable = [f"cuda:{i}" for i in range(count) if not missing_kernels(i)]
+        name = [*usable, "mps" if mps else "cpu"][0]
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and (kind != "cuda" or not index.isdigit())):
         raise ValueError(f"device must be auto, cpu, mps, cuda or cuda:N, not {name!r}")
@@ -268,7 +277,10 @@ def select_device(name: str) -> torch.device:
     number = int(index or 0)
     if number >= torch.cuda.device_count():
         there = ", ".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
-        raise ValueError(f"device={name!r}, but the GPUs here are {there}; write --device=auto")
+        raise ValueError(
+            f"device={name!r}, but the GPUs here are {there}; write one of them, or under torchrun "
+            f"--nproc_per_node={torch.cuda.device_count()}"
+        )
     if why := missing_kernels(number):
         raise ValueError(f"device={name!r}, but {why}")
     torch.cuda.set_device(number)
@@ -297,8 +309,8 @@ def missing_kernels(number: int) -> str:
     if not known or not torch.version.cuda:  # an AMD GPU, whose kinds have other names
         return ""
     old = 10 * major + minor < min(int(re.sub(r"\D.*", "", digits)) for _, _, digits in known)
-    # builds with an older CUDA know older cards, new torches know newer ones
-    what = install_torch("cu126") if old else "pip install --upgrade torch"
+    # builds with an older CUDA know older cards, the newest torch knows newer ones
+    what = install_torch("cu126") if old else install_torch(version="")
     return (
         f"torch {torch.__version__} has no kernels for the {torch.cuda.get_device_name(number)} "
         f"(compute capability {major}.{minor}); install one that has: {what}"
@@ -321,6 +333,10 @@ def refused_gpu() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     card, _, driver = said.stdout.partition("\n")[0].partition(", ")
+    text = said.stdout + said.stderr
+    if said.returncode and ("NVML" in text or "communicate" in text):  # and not: no devices
+        why = text.strip().splitlines()[0]
+        return f"NVIDIA's driver does not work ({why}); restart, or install the driver anew"
     if said.returncode or not driver:
         return ""
     version = torch.version.cuda
@@ -337,15 +353,15 @@ def refused_gpu() -> str:
         )
     return (
         f"torch cannot use the {card} (driver {driver}, CUDA {version}); "
-        "python -c 'import torch; torch.cuda.init()' says why"
+        'python -c "import torch; torch.cuda.init()" says why'
     )
 
 
-def install_torch(build: str = "auto") -> str:
+def install_torch(build: str = "auto", version: str = torch.__version__.partition("+")[0]) -> str:
     """What installs this torch anew in another build; auto is the one for the machine's driver."""
-    version = torch.__version__.partition("+")[0]
-    command = f"uv pip install --reinstall --torch-backend={build} torch=={version}"
-    return f"pip install uv && {command} (in a virtual environment)"
+    torch_of = f"torch=={version}" if version else "torch"
+    command = f"uv pip install --reinstall --torch-backend={build} {torch_of}"
+    return f"pip install uv, then {command} (in a virtual environment)"
 
 
 def select_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -396,16 +412,23 @@ def make_deterministic(wanted: bool) -> None:
     """
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        fills = torch.utils.deterministic  # nobody here reads such memory
-        fills.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        rules = torch.utils.deterministic  # nobody here reads memory before it is written
+        rules.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if wanted or torch.are_deterministic_algorithms_enabled():  # it loads the compiler's settings
         torch.use_deterministic_algorithms(wanted)
 
 
 def release_memory(device: torch.device) -> None:
-    """Give memory that tensors have freed back to the GPU, for blocks of other sizes."""
+    """Give the memory of an attempt that failed back to the device, for blocks of other sizes.
+
+    The caller holds its exception no more. The compiler's own hold their frames, with all tensors
+    in them, in a circle that only the collector finds.
+    """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    if device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def why_not_compile(device: torch.device) -> str:

@@ -135,7 +135,7 @@ def main() -> None:
         raise ValueError(f"quantize must be int8, on a CPU, or empty, not {quantize!r} on {where}")
     number, _ = runtime.select_dtype(dtype, where)
     if why := runtime.unused_gpu(device, where):
-        print(f"WARNING: on the {where.type}: {why}", file=sys.stderr)
+        print(f"WARNING  on the {where.type}: {why}", file=sys.stderr)
     path, model, tok, _, problems = pretrained.load(init_from, out_dir)
     for problem in problems:
         print(f"passed over: {problem}", file=sys.stderr)

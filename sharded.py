@@ -67,15 +67,17 @@ class Writer:
         self.rank = dist.get_rank()
         # of its own, since a thread uses it while training exchanges numbers
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-        self.on_gpu = torch.cuda.is_available()
-        # not DefaultStager, which in torch 2.11 can be used once
-        self.stager = StateDictStager(pin_memory=self.on_gpu)
+        self.stager: StateDictStager | None = None
 
     def copy(self, state: dict[str, Any]) -> Copied:
         """This rank's tensors on the CPU, written over those of the last copy, and the rest."""
         optimizer = {k: v for k, v in state["optimizer"].items() if k != "state"}
-        copied: Any = self.stager.stage(tensors_of(state), non_blocking=self.on_gpu)
-        if self.on_gpu:
+        tensors = tensors_of(state)
+        on_gpu = local(next(iter(tensors.values()))).is_cuda
+        # not DefaultStager, which in torch 2.11 can be used once
+        self.stager = self.stager or StateDictStager(pin_memory=on_gpu)
+        copied: Any = self.stager.stage(tensors, non_blocking=on_gpu)
+        if on_gpu:
             torch.cuda.synchronize()
         return copied, state | {"model": {}, "optimizer": optimizer}
 

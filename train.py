@@ -22,10 +22,14 @@ from typing import Any, TypeVar
 # program made small models 30 times slower. Spinning this long cost the demo 2% on an idle one, a
 # tenth of it 35%; beside another program the demo then had 0.5 times the speed of a tenth.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Before torch makes its allocator: what is freed on a GPU serves blocks of any size. WSL lacks it.
-if sys.platform == "linux" and "microsoft" not in platform.release().lower():
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name it had until torch 2.9
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# Before torch makes its allocator: what is freed on a GPU serves blocks of any size. WSL's drivers
+# fail with it (pytorch 192330). The other variable is the name that torch 2.9 and older know.
+if (
+    sys.platform == "linux"
+    and "microsoft" not in platform.release().lower()
+    and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+):
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from torch import Tensor
@@ -123,7 +127,7 @@ CPU_COMPILE_FLOPS = 1e14
 RUN_SETTINGS = (
     *("dataset", "tokens_per_step", "seed", "max_iters", "dropout", "dtype"),
     *("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "decay_lr"),
-    *("weight_decay", "beta1", "beta2", "grad_clip"),
+    *("weight_decay", "beta1", "beta2", "grad_clip", "deterministic"),
 )
 SPIKE_WINDOW = 100  # losses that skip_spike looks back on
 ELSEWHERE = "another rank is out of memory"
@@ -610,8 +614,8 @@ def main() -> None:
                         f"out of memory with batch_size={micro_batch} while ranks exchange "
                         "numbers; go on with --init_from=auto and a smaller --batch_size"
                     ) from e
-                inner = getattr(e, "inner_exception", e)  # the compiler's own names the backend
-                say(f"out of memory with batch_size={micro_batch}: {inner}".splitlines()[0][:160])
+                why_short = runtime.first_line(e)[:120]  # a name for e would keep its memory
+                say(f"out of memory with batch_size={micro_batch}: {why_short}")
                 if str(e) != ELSEWHERE:
                     agree(short=True)
             optimizer.zero_grad(set_to_none=True)
@@ -645,14 +649,15 @@ def main() -> None:
         except ValueError:  # not even one window fits
             raise
         except Exception as e:
-            e = getattr(e, "inner_exception", e)  # torch's own names the backend alone
-            reason = f"{type(e).__name__}: {e}".splitlines()[0][:120]
+            kind = type(getattr(e, "inner_exception", e)).__name__  # torch's own names the backend
+            reason = f"{kind}: {runtime.first_line(e)}"[:120]
             say(f"compile  failed, training uncompiled ({reason})")
             for part in compiled:
                 part._compiled_call_impl = None
             model.train()
             agree()
         optimizer.zero_grad(set_to_none=True)
+        runtime.release_memory(where)  # of a compiler that failed
     else:
         if compile.lower() == "auto":
             say(f"compile  off: {why_not}")

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import types
+import weakref
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -246,7 +247,7 @@ def test_a_gpu_has_an_index(gpu):
         assert gpu.current == [index, index]
         gpu.current.clear()
         assert runtime.unused_gpu(name, device) == ""
-    with pytest.raises(ValueError, match=r"cuda:0, cuda:1; write --device=auto"):
+    with pytest.raises(ValueError, match=r"cuda:0, cuda:1; write one .* --nproc_per_node=2"):
         runtime.select_device("cuda:2")
 
 
@@ -359,8 +360,9 @@ def test_ranks_have_their_own_gpu_and_nccl(gpu, monkeypatch):
     assert distributed.join(1).rank == 1 and groups == ["cpu:gloo,cuda:nccl"]
 
 
-@enters("sharded.Writer.__init__")
-def test_parts_are_copied_to_pinned_memory_and_waited_for(gpu, monkeypatch):
+@enters("sharded.Writer.copy")
+def test_parts_are_copied_to_pinned_memory_and_waited_for(monkeypatch):
+    """When the tensors are on a GPU; a run on the CPU of such a machine leaves the GPU alone."""
     import sharded
 
     calls = []
@@ -377,9 +379,15 @@ def test_parts_are_copied_to_pinned_memory_and_waited_for(gpu, monkeypatch):
     monkeypatch.setattr(sharded.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(sharded.dist, "new_group", lambda **_: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append(("wait", True)))
-    state = {"model": {}, "optimizer": {"state": {}}, "model_args": {"tie_word_embeddings": True}}
-    sharded.Writer().copy(state)
-    assert calls == [("pinned", True), ("stage", True), ("wait", True)]
+    state = {"optimizer": {"state": {}}, "model_args": {"tie_word_embeddings": True}}
+    sharded.Writer().copy({**state, "model": {"w": torch.ones(2)}})
+    assert calls == [("pinned", False), ("stage", False)]
+    calls.clear()
+    with fake_cuda():
+        writer = sharded.Writer()
+        for _ in range(2):
+            writer.copy({**state, "model": {"w": torch.ones(2, device="cuda")}})
+    assert calls == [("pinned", True), *[("stage", True), ("wait", True)] * 2]
 
 
 # ---------------------------------------------------------------- a GPU that torch cannot use
@@ -422,8 +430,21 @@ def test_a_gpu_that_torch_does_not_see_is_told_of(refused, machine, words):
         runtime.select_device("cuda")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Failed to initialize NVML: Driver/library version mismatch",
+        "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
+    ],
+)
+def test_a_driver_that_does_not_work_is_told_of(refused, said):
+    refused(card=f"{said}\nmore\n", code=18, cuda="13.0")
+    line = runtime.unused_gpu("auto", torch.device("cpu"))
+    assert said in line and "restart" in line and "\n" not in line
+
+
 def test_where_there_is_no_gpu_nothing_is_said(refused, monkeypatch):
-    refused(card="", code=9)  # a program without a card
+    refused(card="No devices were found\n", code=6)  # a program without a card
     assert runtime.unused_gpu("auto", torch.device("cpu")) == ""
     refused()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
@@ -438,7 +459,7 @@ def test_a_card_without_kernels_is_told_of(gpu):
     """A V100 and a card of tomorrow."""
     for capability, words in {
         (7, 0): "--torch-backend=cu126",
-        (11, 0): "pip install --upgrade torch",
+        (11, 0): "--torch-backend=auto torch (in",
     }.items():
         gpu.capability = capability
         assert words in runtime.missing_kernels(0)
@@ -447,6 +468,12 @@ def test_a_card_without_kernels_is_told_of(gpu):
         with pytest.raises(ValueError, match="no kernels"):
             runtime.select_device("cuda")
         assert runtime.unused_gpu("auto", torch.device("cuda", 0)) == ""
+
+
+def test_a_usable_gpu_beside_one_without_kernels_is_taken(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(5, 2), (8, 6)][i])
+    device = runtime.select_device("auto")
+    assert device == torch.device("cuda", 1) and runtime.unused_gpu("auto", device) == ""
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 1)])
@@ -684,13 +711,58 @@ def test_short_of_memory_in_an_evaluation_leaves_the_model_training(script, tiny
     assert {training for training, grad in modes if grad} == {True}
 
 
-def test_a_script_without_a_second_try_ends_in_a_line(capsys):
+@pytest.mark.parametrize("kind", SHORT)
+def test_a_script_without_a_second_try_ends_in_a_line(capsys, kind):
     def main():
-        raise SHORT["CUDA"]
+        raise SHORT[kind]
 
     with pytest.raises(SystemExit, match="1"):
         runtime.run(main)
-    assert "out of memory: CUDA error" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    words = {"Python": "MemoryError", "chained": "Failed running", "compiler": "CUDA out of memory"}
+    assert "out of memory: " in said and "; try a smaller" in said and said.count("\n") == 1
+    assert words.get(kind, "") in said
+
+
+class Tensorlike:
+    """Stands for what a failed attempt has in memory."""
+
+
+@pytest.mark.parametrize("how", ["eager", "first called", "compiled", "in a circle"])
+def test_the_memory_of_the_attempt_that_failed_is_free_in_the_next(
+    script, tiny, monkeypatch, graphs, how
+):
+    """An exception that is kept, by a name or by a circle, keeps the tensors of all its frames."""
+    held, alive = [], []
+    real = train.TrainLoader.batch
+
+    def batch(self, step, micro_step, size):
+        if size > 2:
+            mine = Tensorlike()  # a local of a frame of the traceback
+            held.append(weakref.ref(mine))
+            if how in ("eager", "in a circle"):
+                error = torch.OutOfMemoryError("CUDA out of memory.")
+                if how == "in a circle":
+                    error.itself = error  # as Inductor's, which holds its own frame
+                raise error
+        else:
+            alive.append([ref() is not None for ref in held])
+        return real(self, step, micro_step, size)
+
+    monkeypatch.setattr(dataloader.TrainLoader, "batch", batch)
+    released, release = [], runtime.release_memory
+
+    def note(device):
+        released.append(device.type)
+        release(device)
+
+    monkeypatch.setattr(runtime, "release_memory", note)
+    if how in ("first called", "compiled"):
+        graphs.error, graphs.at_call, graphs.above = SHORT["torch"], how == "first called", 2
+    flags = ["--compile=False"] if how in ("eager", "in a circle") else ["--compile=True"]
+    result = script("train.py", *tiny, *flags, "--max_iters=1", "--warmup_iters=0")
+    assert result.code == 0 and "going on with 2 x 4" in result.out, result.err
+    assert held and released and not any(alive[0])
 
 
 # ---------------------------------------------------------------- the same bits again

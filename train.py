@@ -559,7 +559,12 @@ def main() -> None:
 
     def go_on() -> bool:
         """Before each micro-step: the run is alive, and has nobody asked it to end?"""
+        nonlocal failure
         runtime.watch(60 * watchdog_minutes)
+        try:  # to read beyond a file's new end would end the process
+            train_data.check_size()
+        except (ValueError, OSError) as e:
+            failure = str(e)
         late = time_limit and time.monotonic() - started > 60 * time_limit
         return not (stop.cause or failure or late)
 
@@ -751,10 +756,6 @@ def main() -> None:
             log(record, line)
         if step >= max_iters:
             break
-        try:
-            train_data.check_size()
-        except (ValueError, OSError) as e:
-            failure = str(e)
 
         t0 = time.perf_counter()
         rate = learning_rate

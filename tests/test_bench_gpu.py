@@ -51,6 +51,7 @@ def test_a_file_that_is_no_report_is_left_alone(script, tmp_path):
         assert result.code == 1 and "--report" in result.err and path.read_text() == text
 
 
+@pytest.mark.slow
 def test_steps_are_added_to_the_report_and_the_newest_shown(bench):
     result, rows = bench("--steps=0,9")
     assert result.code == 0 and [r["step"] for r in rows] == [0, 9], result.err
@@ -63,6 +64,7 @@ def test_steps_are_added_to_the_report_and_the_newest_shown(bench):
     assert f"{rows[-1]['seconds']:.0f} |" in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_or_fails_stops_no_other(bench, monkeypatch):
     quick = [bench_gpu.Step("a", 0, print), bench_gpu.Step("b", 0, print)]
     monkeypatch.setattr(bench_gpu, "STEPS", quick)

@@ -55,6 +55,7 @@ SIZE = GPTConfig(
 )
 CARD = "NVIDIA GeForce RTX 3090"
 KINDS = {"cpu", "cuda"}
+FEW = [(4, 4), (4, 1)]
 
 
 # ---------------------------------------------------------------- where the source asks
@@ -606,7 +607,13 @@ def out_of_memory_above(windows, error, monkeypatch, grad=True):
     return sizes
 
 
-@pytest.mark.parametrize("kind", SHORT)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        k if k in ("CUDA", "compiler, Triton") else pytest.param(k, marks=pytest.mark.slow)
+        for k in SHORT
+    ],
+)
 def test_a_run_halves_whatever_says_it(script, tiny, monkeypatch, kind):
     sizes = out_of_memory_above(2, SHORT[kind], monkeypatch)
     result = script("train.py", *tiny, "--max_iters=2")
@@ -658,7 +665,7 @@ def graphs(monkeypatch):
 
 
 @pytest.mark.parametrize("at_call", [True, False], ids=["first called", "compiled"])
-@pytest.mark.parametrize("kind", ["torch", "Triton", "CUDA"])
+@pytest.mark.parametrize("kind", [pytest.param("torch", marks=pytest.mark.slow), "Triton"])
 def test_short_of_memory_in_the_first_compiled_step(script, tiny, graphs, kind, at_call):
     """The run halves and stays compiled: uncompiled, the same batch needs more memory still.
 
@@ -768,7 +775,7 @@ def test_the_memory_of_the_attempt_that_failed_is_free_in_the_next(
 # ---------------------------------------------------------------- the same bits again
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_deterministic_is_on_before_the_first_product_and_off_for_the_next_run(
     script, tiny, monkeypatch, compiled
 ):
@@ -865,7 +872,9 @@ def strides_of(kernel, q, k, v):
 
 
 @pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn", "transposed"])
-@pytest.mark.parametrize("heads", [(16, 4), (4, 4), (4, 1)])
+@pytest.mark.parametrize(
+    "heads", [(16, 4), *(pytest.param(h, marks=pytest.mark.slow) for h in FEW)]
+)
 def test_text_is_the_same_whatever_the_strides_of_attention(kernel, heads, monkeypatch):
     """Memory-efficient attention, of RTX 30 and 40, has its output's heads beside each other."""
     torch.manual_seed(0)

@@ -186,7 +186,8 @@ def help_text(path: Path, doc: str | None, defaults: Mapping[str, Value]) -> str
     rows = [(f"  --{name}={value!r}", notes.get(name, "")) for name, value in defaults.items()]
     width = min(44, max((len(flag) for flag, _ in rows), default=0))
     lines = [f"{flag:<{width}}  {note}".rstrip() for flag, note in rows]
-    usage = f"python {path.name} [CONFIG.py ...] [--name=value ...]"
+    room = "" if path.parent == Path(__file__).resolve().parent else f"{path.parent.name}/"
+    usage = f"python {room}{path.name} [CONFIG.py ...] [--name=value ...]"
     return "\n".join([(doc or "").strip(), "", usage, "", *lines])
 
 

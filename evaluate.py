@@ -30,25 +30,24 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 # Before torch loads OpenMP, as in train.py, for the sake of other programs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-import pretrained
-import runlog
-import runtime
 from configurator import configure
-from dataloader import TokenData, read_meta, split_files
-from model import choose_attention
-from pretrained import Pretrained
-from scoring import Ids, Question, Score, ask, score, sliding
-from tokenizer import Tokenizer, get_tokenizer, well_formed
+from formats import pretrained
+from formats.pretrained import Pretrained
+from making.scoring import Ids, Question, Score, ask, score, sliding
+from run import script
+from run.gpu import unused_gpu
+from run.machine import Machine, choose_attention, describe, find_machine
+from text.files import path_of, read_text, write
+from text.tokenizer import Tokenizer, get_tokenizer, well_formed
+from text.tokens import TokenData, dataset_folder, read_meta, split_files
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is measured
@@ -64,7 +63,6 @@ batch_size = 8  # contexts of the model's length in a batch: memory, not the res
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "float32"  # float32, bfloat16, float16, auto; the harness's scores are float32's
 
-ROOT = Path(__file__).resolve().parent
 HUB = {  # name, configuration and split of what lm-evaluation-harness uses
     "hellaswag": ("Rowan/hellaswag", None, "validation"),
     "lambada": ("EleutherAI/lambada_openai", "default", "test"),
@@ -75,19 +73,19 @@ HUB = {  # name, configuration and split of what lm-evaluation-harness uses
 
 
 def measure(
-    found: Pretrained, questions: Sequence[Question], vocab_size: int, number: torch.dtype
+    found: Pretrained, questions: Sequence[Question], vocab_size: int, machine: Machine
 ) -> list[list[Score]]:
     """The scores of each question's answers, with a progress bar on a terminal."""
     model = found.model
     most = batch_size * model.config.max_position_embeddings
     total = sum(q.length() for q in questions)
     bar = tqdm(total=total, unit="token", unit_scale=True, disable=None)
-    with bar, runtime.autocast(model.embed_tokens.weight.device, number):
+    with bar, machine.autocast:
         return score(model, questions, vocab_size, most, bar.update)
 
 
 def measure_items(
-    found: Pretrained, items: Sequence[tuple[str, list[str]]], number: torch.dtype
+    found: Pretrained, items: Sequence[tuple[str, list[str]]], machine: Machine
 ) -> list[list[Score]]:
     """The scores of the answers of each item (context, answers)."""
     window, asked = found.model.config.max_position_embeddings, []
@@ -97,7 +95,7 @@ def measure_items(
         except ValueError as e:
             raise ValueError(f"item {i}: {e}") from e
     questions = [q for parts in asked for q in parts]
-    scores = iter(measure(found, questions, found.tok.vocab_size, number))
+    scores = iter(measure(found, questions, found.tok.vocab_size, machine))
     return [[s for _ in parts for s in next(scores)] for parts in asked]
 
 
@@ -125,13 +123,13 @@ def stream_results(scores: list[list[Score]], tokens: int, nbytes: int) -> dict[
     }
 
 
-def run_val(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
+def run_val(found: Pretrained, machine: Machine) -> dict[str, Any]:
     """Loss on the whole validation split; each token but the first is predicted once."""
     config = found.state.get("config") or {}
     name = dataset or str(config.get("dataset") or "")
     if not name:
         raise ValueError(f"{found.path} does not tell its dataset; write --dataset=NAME")
-    folder = Path(name) if os.sep in name or "/" in name else ROOT / "data" / name
+    folder = dataset_folder(name)
     size = found.model.config
     meta = read_meta(folder)
     if "parts" not in meta:
@@ -145,7 +143,7 @@ def run_val(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
     data = TokenData(folder, "val", 1, size.vocab_size)
     ids = data.ids[0] if len(data.ids) == 1 else np.concatenate(data.ids)
     window = size.max_position_embeddings
-    scores = measure(found, sliding(ids, window, window), size.vocab_size, number)
+    scores = measure(found, sliding(ids, window, window), size.vocab_size, machine)
     nbytes = data.nbytes or token_bytes(ids, found.tok)
     return {"data": str(folder), **stream_results(scores, len(ids) - 1, nbytes)}
 
@@ -156,9 +154,9 @@ def token_bytes(ids: Ids, tok: Tokenizer) -> int:
     return sum(n * len(tok.token_bytes(i, False)) for i, n in counts if n and i != tok.eot)
 
 
-def run_text(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
+def run_text(found: Pretrained, machine: Machine) -> dict[str, Any]:
     """Perplexity of a text file, each token scored once."""
-    path, tok = Path(file), found.tok
+    path, tok = path_of(file), found.tok
     text = read_text(path)
     if not text:
         raise ValueError(f"{path} is empty: there is nothing to measure")
@@ -167,20 +165,20 @@ def run_text(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
     if step > window:
         raise ValueError(f"stride must be at most the model's context, {window}, not {stride}")
     ids = np.concatenate([[tok.eot], tok.encode_array(text)])
-    scores = measure(found, sliding(ids, window, step), tok.vocab_size, number)
+    scores = measure(found, sliding(ids, window, step), tok.vocab_size, machine)
     results = stream_results(scores, len(ids) - 1, len(text.encode()))
     words = len(text.split())
     per_word = perplexity(results["loss"] * results["tokens"] / words) if words else None
     return {"data": str(path), "stride": step, **results, "word_perplexity": per_word}
 
 
-def run_hellaswag(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
+def run_hellaswag(found: Pretrained, machine: Machine) -> dict[str, Any]:
     """Accuracy in choosing the right ending."""
     where, items = read_items(check_hellaswag)
     asked = [hellaswag_item(item) for item in items]
     pairs = [(context, [f" {e}" for e in endings]) for context, endings in asked]
     records: list[dict[str, Any]] = []
-    scored = measure_items(found, pairs, number)
+    scored = measure_items(found, pairs, machine)
     for item, (_, endings), scores in zip(items, asked, scored, strict=True):
         sums = [s.loglikelihood for s in scores]
         gold = int(item["label"])
@@ -215,12 +213,12 @@ def tidy(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def run_lambada(found: Pretrained, number: torch.dtype) -> dict[str, Any]:
+def run_lambada(found: Pretrained, machine: Machine) -> dict[str, Any]:
     """Accuracy in guessing the last word, and its perplexity."""
     where, items = read_items(check_lambada)
     parts = [item["text"].rpartition(" ") for item in items]
     pairs = [(context, [f" {word}"]) for context, _, word in parts]
-    scores = [s for [s] in measure_items(found, pairs, number)]
+    scores = [s for [s] in measure_items(found, pairs, machine)]
     nats = -math.fsum(s.loglikelihood for s in scores) / len(scores)
     return {
         "data": where,
@@ -235,16 +233,6 @@ TASKS = {"val": run_val, "text": run_text, "hellaswag": run_hellaswag, "lambada"
 
 
 # --- files
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file as it is. Raises OSError or ValueError with the path."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; write --file=PATH")
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}); save it as UTF-8") from e
 
 
 def check_hellaswag(item: dict[str, Any]) -> str:
@@ -272,7 +260,7 @@ def read_items(check: Callable[[dict[str, Any]], str]) -> tuple[str, list[dict[s
     """
     if not file:
         return hub_items(*HUB[task])
-    path = Path(file)
+    path = path_of(file)
     items: list[dict[str, Any]] = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -337,30 +325,30 @@ def main() -> None:
         raise ValueError("limit and stride must be at least 0, batch_size at least 1")
     if task == "text" and not file:
         raise ValueError("the text to measure is missing; write --file=PATH")
-    if out and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+    target = path_of(out)
+    if out and (target.is_dir() or not target.parent.is_dir()):
         raise ValueError(f"out={out!r} is a folder, or in one that is not there")
-    where = runtime.select_device(device)
-    number, _ = runtime.select_dtype(dtype, where)
-    if why := runtime.unused_gpu(device, where):
-        print(f"WARNING  on the {where.type}: {why}", file=sys.stderr)
+    machine = find_machine(device, dtype)
+    if why := unused_gpu(device, machine.device):
+        print(f"WARNING  on the {machine.device.type}: {why}", file=sys.stderr)
     found = pretrained.load(init_from, out_dir)
     for problem in found.problems:
         print(f"passed over: {problem}", file=sys.stderr)
-    found.model.to(where)
-    choose_attention(found.model, number)
-    print(f"{found.path}, {found.tok.name} tokens, {runtime.describe(where)}", file=sys.stderr)
+    found.model.to(machine.device)
+    choose_attention(found.model, machine.dtype)
+    print(f"{found.path}, {found.tok.name} tokens, {describe(machine.device)}", file=sys.stderr)
     started = time.perf_counter()
     results = {
         "model": str(found.path),
         "parameters": sum(p.numel() for p in found.model.parameters()),
         "task": task,
-        "dtype": str(number).removeprefix("torch."),
-        **TASKS[task](found, number),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        **TASKS[task](found, machine),
     }
     results["seconds"] = round(time.perf_counter() - started, 2)
     print(table(results), file=sys.stderr)
     if out:
-        runlog.write_text(Path(out), json.dumps(results, indent=2) + "\n")
+        write(target, json.dumps(results, indent=2) + "\n")
     else:
         results.pop("records", None)
         print(json.dumps(results, indent=2))
@@ -368,4 +356,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     globals().update(configure(globals()))
-    runtime.run(main)
+    script.run(main)

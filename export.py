@@ -5,7 +5,6 @@ gguf     one file for llama.cpp, Ollama and LM Studio
 easygpt  a .pt under the key names of EasyGPT's published files
 """
 
-import contextlib
 import json
 import re
 import shutil
@@ -17,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import checkpoint
-import gguf_writer
-import hf
-import pretrained
-import runlog
-import runtime
 from configurator import configure
+from formats import checkpoint, easygpt, gguf, hf, listing, pretrained
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from run import script
+from run.records import read_records
+from text.files import path_of, write
+from text.tokenizer import Tokenizer
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is exported
@@ -67,7 +64,7 @@ def to_hf(
     settings = hf.config_json(config, DTYPES[dtype], tok.eot)
     text = hf.tokenizer_json(tok)
     context = config.max_position_embeddings
-    files = {
+    contents = {
         "config.json": settings,
         "generation_config.json": {
             name: tok.eot for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -76,16 +73,16 @@ def to_hf(
     }
     model = {"config.json", "model.safetensors", "tokenizer.json"}
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    interrupted = {name.removesuffix(".tmp") for name in names} <= {*model, *files}
+    interrupted = {name.removesuffix(".tmp") for name in names} <= {*model, *contents}
     if not interrupted and not model <= names:
         raise ValueError(f"{folder} holds other files; choose another --output, new or empty")
     folder.mkdir(parents=True, exist_ok=True)
     hf.write_weights(folder / "model.safetensors", weights, DTYPES[dtype])
-    for name, value in files.items():
-        runlog.write_text(folder / name, json.dumps(value, indent=2) + "\n")
-    runlog.write_text(folder / "tokenizer.json", text)
-    runlog.write_text(folder / "README.md", card)
-    return ["model.safetensors", "tokenizer.json", "README.md", *files]
+    for name, value in contents.items():
+        write(folder / name, json.dumps(value, indent=2) + "\n")
+    write(folder / "tokenizer.json", text)
+    write(folder / "README.md", card)
+    return ["model.safetensors", "tokenizer.json", "README.md", *contents]
 
 
 def to_gguf(
@@ -98,46 +95,7 @@ def to_gguf(
             "its tokenizer.json is not a byte-level BPE with GPT-2's pattern, the one that is "
             "written to GGUF here; export it with --to=hf and run llama.cpp's convert_hf_to_gguf.py"
         )
-    gguf_writer.write(file, weights, config, tokens, tok.eot, dtype, name, license)
-
-
-def to_easygpt(
-    file: Path, weights: dict[str, Tensor], config: GPTConfig, state: dict[str, Any]
-) -> None:
-    """Write a checkpoint that EasyGPT's own model.py loads, its misspelt key and buffers included.
-
-    Raises ValueError for a model that it cannot represent.
-    """
-    c, problems = config, []
-    if not c.tie_word_embeddings:
-        problems.append("an untied head")
-    if c.qk_norm:
-        problems.append("qk_norm")
-    if c.attention_bias != c.mlp_bias:
-        problems.append("biases in attention or MLP only")
-    if c.num_attention_heads * c.head_dim != c.hidden_size:
-        problems.append("heads that do not add up to hidden_size")
-    if problems:
-        raise ValueError(f"EasyGPT's model does not have {', '.join(problems)}")
-    names = {v: k for k, v in checkpoint.RENAMED_KEYS.items()}
-    model = {}
-    for key, value in weights.items():
-        for ours, theirs in names.items():
-            key = key.replace(ours, theirs)
-        model[key] = value.to(DTYPES[dtype])
-    model["lm_head.weight"] = model["embed_tokens.weight"]
-    even = torch.arange(0, c.head_dim, 2, dtype=torch.int64).float()
-    for layer in range(c.num_hidden_layers):
-        key = f"layers.{layer}.self_attn.rotary_emb.inv_freq"
-        model[key] = 1.0 / (c.rope_theta ** (even / c.head_dim))
-    args = asdict(c)
-    for key in ("tie_word_embeddings", "qk_norm", "mlp_bias"):
-        del args[key]
-    args["bias"], args["norm_eps"] = args.pop("attention_bias"), args.pop("rms_norm_eps")
-    kept: dict[str, Any] = {
-        k: state[k] for k in ("iter_num", "best_val_loss", "tokenizer") if k in state
-    }
-    checkpoint.save(file, {"model": model, "model_args": args, **kept})
+    gguf.write(file, weights, config, tokens, tok.eot, dtype, name, license)
 
 
 def model_card(
@@ -199,12 +157,7 @@ def table(title: str, rows: dict[str, Any]) -> list[str]:
 
 def read_losses(run: Path) -> list[dict[str, Any]]:
     """The records with a validation loss in a run's metrics.jsonl."""
-    file = run / "metrics.jsonl"
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError):  # cut short by a crash
-            records.append(json.loads(line))
-    return [r for r in records if "val_loss" in r]
+    return [r for r in read_records(run / "metrics.jsonl") if "val_loss" in r]
 
 
 def upload(target: Path, names: list[str]) -> str:
@@ -235,14 +188,15 @@ def main() -> None:
     path, model, tok, state, problems = pretrained.load(init_from, out_dir)
     for problem in problems:
         print(f"passed over: {problem}", file=sys.stderr)
-    ours = path.suffix in checkpoint.KINDS
-    run = path.parent if ours else Path(out_dir)
+    ours = path.suffix in listing.KINDS
+    run = path.parent if ours else path_of(out_dir)
     weights, config = published(model, tok)
-    Path(output or run / to).parent.mkdir(parents=True, exist_ok=True)
+    given = path_of(output) if output else None
+    (given or run / to).parent.mkdir(parents=True, exist_ok=True)
     name = push.split("/")[-1] or (path if path.is_dir() and not ours else run).resolve().name
     names: list[str] = []
     if to == "hf":
-        target = Path(output or run / "hf")
+        target = given or run / "hf"
         parameters = sum(w.numel() for w in weights.values())
         card = model_card(name, state, config, parameters, tok, run)
         names = to_hf(target, weights, config, tok, card)
@@ -250,11 +204,14 @@ def main() -> None:
             shutil.copyfile(run / "loss.png", target / "loss.png")
             names.append("loss.png")
     elif to == "gguf":
-        target = Path(output or run / f"model-{gguf_writer.FILE_TYPES[dtype][1]}.gguf")
+        target = given or run / f"model-{gguf.FILE_TYPES[dtype][1]}.gguf"
         to_gguf(target, weights, config, tok, name)
     else:
-        target = Path(output or run / "easygpt.pt")
-        to_easygpt(target, weights, config, state)
+        target = given or run / "easygpt.pt"
+        renamed, args = easygpt.written(weights, config, DTYPES[dtype])
+        kept: dict[str, Any] = {"model": renamed, "model_args": args}
+        kept |= {k: state[k] for k in ("iter_num", "best_val_loss", "tokenizer") if k in state}
+        checkpoint.save(target, kept)
     print(f"{path} -> {target}: {dtype}, {config.vocab_size} {tok.name} tokens")
     if push:
         print(f"uploaded to {upload(target, names)}")
@@ -262,4 +219,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     globals().update(configure(globals()))
-    runtime.run(main)
+    script.run(main)

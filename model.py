@@ -9,17 +9,16 @@ Letters used for shapes:
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from sampling import stream
+from making.sampling import stream
 
 INIT_STD = 0.02  # GPT-2's; the two projections into the residual stream get less, see GPT.__init__
 IGNORE_INDEX = -1  # a target that does not count, as in nanoGPT
@@ -28,10 +27,7 @@ LOSS_CHUNK = 2**20  # float32 logits at a time in the uncompiled loss on a CPU, 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of the model; the defaults are the 303M reference model.
-
-    Raises ValueError with every problem in one line.
-    """
+    """Sizes of the model, by default of the 303M reference. Raises ValueError with all problems."""
 
     vocab_size: int = 50304  # GPT-2's 50,257 padded to a multiple of 64
     hidden_size: int = 1024
@@ -50,21 +46,11 @@ class GPTConfig:
     mlp_bias: bool = False  # of the MLP's three projections
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "rms_norm_eps",
-            "rope_theta",
-        ):
-            if not getattr(self, name) > 0:
-                problems.append(f"{name} must be positive, not {getattr(self, name)}")
+        problems = [
+            f"{f.name} must be positive, not {getattr(self, f.name)}"
+            for f in fields(self)
+            if f.type in (int, float) and f.name != "dropout" and not getattr(self, f.name) > 0
+        ]
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.head_dim % 2:
@@ -111,10 +97,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass
 class KVCache:
-    """Keys and values of the positions seen so far, one tensor pair a layer.
-
-    Each is (B, nkv, S, hd) and allocated once.
-    """
+    """Keys and values of the positions seen so far: for each layer a tensor (B, nkv, S, hd)."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -125,12 +108,21 @@ class KVCache:
         return self.keys[0].size(2)
 
 
+class Positions(NamedTuple):
+    """Where the tokens of a call stand: what all layers are told beside x."""
+
+    cos: Tensor  # rotary tables of the T positions, (T, hd), or (B, 1, T, hd)
+    sin: Tensor
+    cache: KVCache | None = None  # then the new keys and values are stored in it
+    slots: Tensor | None = None  # at these of its S positions, (T,)
+    mask: Tensor | None = None  # (B, 1, T, T or S) bool, True = may look; None = causal
+
+
 def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of one position, for the compiler: as loops, which become part of the layer's.
 
-    q (1, nkv, nh / nkv, hd), k and v (1, nkv, S, hd), mask as in Attention; shape of q. A call of
-    F.scaled_dot_product_attention takes longer on a CPU than these few products: of a 303M model's
-    token 1.7 of 28.5 ms with a cache of 256 positions, 2.0 of 31.5 with one of 1,024.
+    q (1, nkv, nh / nkv, hd), k and v (1, nkv, S, hd), mask as in Attention; shape of q. On a CPU a
+    call of F.scaled_dot_product_attention takes longer than these few products (docs/speed.md).
     """
     scores = (q[:, :, :, None].float() * k[:, :, None].float()).sum(-1)  # (1, nkv, nh / nkv, S)
     share = (scores * q.size(-1) ** -0.5).masked_fill(~mask, -math.inf).softmax(-1)
@@ -149,10 +141,9 @@ class Attention(nn.Module):
         kv +-- 0 --+-- 1 -+
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.dropout = config.dropout
+        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
         self.grouped = True  # False: key heads are copied for their queries, see choose_attention
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
@@ -165,35 +156,23 @@ class Attention(nn.Module):
         self.q_norm = norm(config.head_dim, config.rms_norm_eps)
         self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        layer: int = 0,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, at: Positions) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
-        With a cache the new keys and values are stored at `positions` (T,). A prompt (T > 1)
-        looks at itself; a single token looks at the whole cache. mask (B, 1, T, T or S) bool,
-        True = may look; None = causal.
+        With a cache a prompt (T > 1) looks at itself; a single token looks at the whole cache.
         """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, hd)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nkv, T, hd)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nkv, T, hd)
         q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        cos, sin, mask, cache = at.cos.to(q.dtype), at.sin.to(q.dtype), at.mask, at.cache
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
-            assert positions is not None
-            cache.keys[layer].index_copy_(2, positions, k)
-            cache.values[layer].index_copy_(2, positions, v)
+        if cache is not None and at.slots is not None:
+            cache.keys[self.layer].index_copy_(2, at.slots, k)
+            cache.values[self.layer].index_copy_(2, at.slots, v)
             if T == 1:
-                k, v = cache.keys[layer], cache.values[layer]  # (B, nkv, S, hd)
+                k, v = cache.keys[self.layer], cache.values[self.layer]  # (B, nkv, S, hd)
                 # The query heads that share a key head, as if they were several positions of it:
                 # every fast kernel takes that, while few take grouped heads with a mask.
                 q = q.view(B, k.size(1), -1, self.head_dim)  # (B, nkv, nh / nkv, hd)
@@ -205,15 +184,9 @@ class Attention(nn.Module):
             assert mask is not None
             y = attend_one(q, k, v, mask)
         else:
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=mask is None,
-                enable_gqa=q.size(1) != k.size(1),
-            )
+            how = {"is_causal": mask is None, "enable_gqa": q.size(1) != k.size(1)}
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **how)
         y = y.reshape(B, -1, T, self.head_dim)  # (B, nh, T, hd), of any strides before
         y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(y, self.dropout, self.training)
@@ -241,24 +214,14 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """x (B, T, C) -> (B, T, C); the other arguments are Attention's."""
-        h = self.input_layernorm(x)
-        x = x + self.self_attn(h, cos, sin, self.layer, cache, positions, mask)
+    def forward(self, x: Tensor, at: Positions) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.self_attn(self.input_layernorm(x), at)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -266,9 +229,8 @@ class Block(nn.Module):
 class CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy that keeps the logits for backward, and no float32 copy of them.
 
-    F.cross_entropy keeps their log-probabilities in float32, and its backward reads the logits
-    once more to add up a gradient that is known: softmax less 1 at the target. Compiled, that is
-    one loop over the logits; uncompiled, some rows at a time, which on a CPU is faster, too.
+    Its gradient is known: softmax less 1 at the target. Compiled, that is one loop over the logits;
+    uncompiled, some rows at a time. F.cross_entropy keeps log-probabilities in float32.
     """
 
     @staticmethod
@@ -346,21 +308,13 @@ class GPT(nn.Module):
         With targets: logits (B, T, V), from which no gradient flows, and the mean cross-entropy in
         nats per token. loss_only: None and the loss; the gradient of the logits then takes no
         memory of its own. Without targets: logits (B, 1, V) of the last position only, and None.
-        Raises ValueError when T exceeds max_position_embeddings.
+        Raises ValueError for more tokens than the context has.
         """
         T, context = idx.size(1), self.config.max_position_embeddings
         if T > context:
             raise ValueError(f"{T} tokens do not fit in a context of {context}")
         x = F.dropout(self.embed_tokens(idx), self.config.dropout, self.training)
-        for block in self.layers:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(
-                    *(block, x, self.cos[:T], self.sin[:T]),
-                    use_reentrant=False,
-                    preserve_rng_state=self.config.dropout > 0,  # drop the same values again
-                )
-            else:
-                x = block(x, self.cos[:T], self.sin[:T])
+        x = self.walk(x, Positions(self.cos[:T], self.sin[:T]))
         if targets is None:
             logits: Tensor = self.lm_head(self.norm(x[:, -1:]))
             return logits, None
@@ -370,19 +324,28 @@ class GPT(nn.Module):
         # Logits with a gradient would have a compiled backward read zeros of their size.
         return None if loss_only else logits.detach(), loss
 
+    def at(self, slots: Tensor, cache: KVCache | None, mask: Tensor | None) -> Positions:
+        """The positions `slots`, any shape that ends in T, for `walk`."""
+        return Positions(self.cos[slots], self.sin[slots], cache, slots, mask)
+
+    def walk(self, x: Tensor, at: Positions) -> Tensor:
+        """Through all layers, x (B, T, C) -> (B, T, C)."""
+        for block in self.layers:
+            if self.activation_checkpointing and self.training:
+                again = self.config.dropout > 0  # drop the same values when computed anew
+                x = checkpoint(block, x, at, use_reentrant=False, preserve_rng_state=again)
+            else:
+                x = block(x, at)
+        return x
+
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` positions for `batch` rows, in the type attention runs in."""
-        weight = self.embed_tokens.weight
-        kind = weight.device.type
-        dtype = weight.dtype
+        c, weight = self.config, self.embed_tokens.weight
+        kind, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        c = self.config
-        shape = (batch, c.num_key_value_heads, length, c.head_dim)
-        empty = [
-            torch.zeros(shape, dtype=dtype, device=weight.device)
-            for _ in range(2 * c.num_hidden_layers)
-        ]
+        shape = (2 * c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim)
+        empty = [torch.zeros(shape[1:], dtype=dtype, device=weight.device) for _ in range(shape[0])]
         return KVCache(empty[::2], empty[1::2])
 
     def prefill(self, idx: Tensor, cache: KVCache, pad: Tensor | None = None) -> Tensor:
@@ -404,88 +367,31 @@ class GPT(nn.Module):
     def decode(self, idx: Tensor, position: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
         """Logits (B, V) after one more token idx (B, 1), whose slot of the cache is position (1,).
 
-        Attention covers the whole cache behind a mask, so that no shape and no number in the graph
-        changes as the text grows: torch.compile(model.decode) compiles once a cache size.
+        Attention covers the whole cache behind a mask, so that one graph serves as the text grows.
         """
         slots = torch.arange(cache.length, device=idx.device)
         mask = (slots <= position) & (slots >= pad[:, None, None, None])  # (B, 1, 1, S)
         return self.next_logits(idx, position, cache, mask)
 
     def next_logits(
-        self, idx: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None
+        self, idx: Tensor, slots: Tensor, cache: KVCache, mask: Tensor | None
     ) -> Tensor:
-        """Logits (B, V) after the last of idx (B, T); the other arguments are Attention's."""
-        x = self.embed_tokens(idx)
-        cos, sin = self.cos[positions], self.sin[positions]
-        for block in self.layers:
-            x = block(x, cos, sin, cache, positions, mask)
+        """Logits (B, V) after the last of idx (B, T), whose slots of the cache are (T,)."""
+        x = self.walk(self.embed_tokens(idx), self.at(slots, cache, mask))
         logits: Tensor = self.lm_head(self.norm(x[:, -1]))
         return logits
 
     def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        **settings: Any,
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, **settings: Any
     ) -> Tensor:
         """nanoGPT's call: idx (B, T) and the new tokens, (B, T + new), new <= max_new_tokens.
 
-        `sampling.stream` makes them, one after the other, and has the other settings.
+        `stream` makes them, one after the other, and has the settings, such as top_k.
         """
-        tokens = stream(self, idx, max_new_tokens, temperature, top_k, **settings)
+        tokens = stream(self, idx, max_new_tokens, temperature, **settings)
         return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
-
-
-def choose_attention(model: GPT, dtype: torch.dtype) -> str:
-    """Take torch's fastest attention for the model's device and a type; the name of its kernel.
-
-    Few kernels take fewer key heads than query heads: none on CUDA in float32 or on cards before
-    Ampere. Rather than fall to plain matrix products there ("math"), key heads are copied.
-    """
-    c, device = model.config, model.embed_tokens.weight.device
-    heads = {True: c.num_key_value_heads, False: c.num_attention_heads}
-    found = {}
-    for grouped, n in heads.items():
-        q, k = (
-            torch.empty(1, h, 16, c.head_dim, dtype=dtype, device=device, requires_grad=True)
-            for h in (c.num_attention_heads, n)
-        )
-        choice = torch._fused_sdp_choice(q, k, k, None, c.dropout, True, enable_gqa=grouped)
-        found[grouped] = SDPBackend(choice)
-    grouped = found[True] != SDPBackend.MATH or found[False] == SDPBackend.MATH
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.grouped = grouped
-    return found[grouped].name.lower().removesuffix("_attention").replace("_", " ")
 
 
 def num_parameters(model: nn.Module) -> int:
     """Parameters of the model; a tied embedding and head count once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def flops_per_token(model: GPT) -> int:
-    """Floating-point operations to train on one token, forward and backward.
-
-    6 for each weight that a token is multiplied by (every nn.Linear, the head included, the
-    embedding look-up not) and 12 L nh hd T for attention scores and values, the causal half not
-    discounted: the convention of PaLM (arXiv 2204.02311, appendix B) and nanoGPT.
-    """
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    c = model.config
-    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * c.max_position_embeddings
-    return 6 * weights + 12 * attention
-
-
-def configure_optimizer(
-    model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW, fused; weight decay on tensors of 2 or more dimensions: no norms or biases."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)

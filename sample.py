@@ -7,20 +7,23 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-# Before torch loads OpenMP, as in train.py: beside another program a token of a 303M model took
-# 0.12 s with it and 0.67 s without, on an idle CPU as long.
+# Before torch loads OpenMP, as in train.py: beside another program text then comes much faster.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
-import pretrained
-import runtime
 from configurator import configure
-from model import GPT, choose_attention
-from sampling import cache_length, check_sampling, compile_decode, for_few_rows, stream
-from tokenizer import StreamDecoder, Tokenizer
+from formats import pretrained
+from making.compiled import compile_decode, for_few_rows, use_huge_pages
+from making.sampling import cache_length, check_sampling, stream
+from model import GPT
+from run import script
+from run.compiling import why_not_compile
+from run.gpu import unused_gpu
+from run.machine import Machine, choose_attention, describe, find_machine
+from text.files import path_of, read_text
+from text.tokenizer import StreamDecoder, Tokenizer
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is used
@@ -50,13 +53,7 @@ def read_prompt(text: str) -> str:
     """
     if not text.startswith("FILE:"):
         return text
-    path = Path(text[len("FILE:") :])
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no prompt file {path}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}); save it as UTF-8") from e
+    return read_text(path_of(text[len("FILE:") :]))
 
 
 def prompt_ids(tok: Tokenizer, text: str, model: GPT) -> list[int]:
@@ -99,17 +96,17 @@ def prompts() -> Iterator[str]:
         yield line
 
 
-def prepare(model: GPT, where: torch.device, number: torch.dtype) -> None:
+def prepare(model: GPT, machine: Machine) -> None:
     """Bring the model to the device and its weights into the type that they are used in."""
     if quantize:
-        from quantization import quantize as to_int8
+        from making.int8 import quantize as to_int8
 
         to_int8(model)
-    model.to(where, number)
-    choose_attention(model, number)
-    if where.type == "cpu":
+    model.to(machine.device, machine.dtype)
+    choose_attention(model, machine.dtype)
+    if machine.device.type == "cpu":
         for_few_rows(model)
-        runtime.use_huge_pages(model)
+        use_huge_pages(model)
 
 
 def compile_for(model: GPT, length: int) -> bool:
@@ -130,29 +127,29 @@ def main() -> None:
         raise ValueError("num_samples and max_new_tokens must be at least 1")
     if not interactive:
         read_prompt(start)
-    where = runtime.select_device(device)
-    if quantize not in ("", "int8") or (quantize and where.type != "cpu"):
-        raise ValueError(f"quantize must be int8, on a CPU, or empty, not {quantize!r} on {where}")
-    number, _ = runtime.select_dtype(dtype, where)
-    if why := runtime.unused_gpu(device, where):
-        print(f"WARNING  on the {where.type}: {why}", file=sys.stderr)
+    machine = find_machine(device, dtype)
+    on = machine.device.type
+    if quantize not in ("", "int8") or (quantize and on != "cpu"):
+        raise ValueError(f"quantize must be int8, on a CPU, or empty, not {quantize!r} on {on}")
+    if why := unused_gpu(device, machine.device):
+        print(f"WARNING  on the {on}: {why}", file=sys.stderr)
     path, model, tok, _, problems = pretrained.load(init_from, out_dir)
     for problem in problems:
         print(f"passed over: {problem}", file=sys.stderr)
-    prepare(model, where, number)
-    kind = f"{quantize + ' and ' if quantize else ''}{number}".replace("torch.", "")
-    print(f"{path}, {tok.name} tokens, {kind}, {runtime.describe(where)}", file=sys.stderr)
+    prepare(model, machine)
+    kind = f"{quantize + ' and ' if quantize else ''}{machine.dtype}".replace("torch.", "")
+    print(f"{path}, {tok.name} tokens, {kind}, {describe(machine.device)}", file=sys.stderr)
 
-    generator = torch.Generator(where).manual_seed(seed)
+    generator = torch.Generator(machine.device).manual_seed(seed)
     made, took_s = 0, 0.0
     compiles, compiled = compile, set[int]()  # lengths of the cache
-    if compile and (problem := runtime.why_not_compile(where)):
+    if compile and (problem := why_not_compile(machine.device)):
         compiles = False
         print(f"not compiled: {problem}", file=sys.stderr)
     for i, text in enumerate(prompts()):
         if i and not interactive:
             print("-" * 40)
-        ids = torch.tensor([prompt_ids(tok, text, model)], device=where)
+        ids = torch.tensor([prompt_ids(tok, text, model)], device=machine.device)
         length = cache_length(ids.size(1) + max_new_tokens, model.config.max_position_embeddings)
         if compiles and length not in compiled:
             compiles = compile_for(model, length)
@@ -178,4 +175,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     globals().update(configure(globals()))
-    runtime.run(main)
+    script.run(main)

@@ -25,5 +25,5 @@ min_lr = 3e-6
 dropout = 0.1
 
 eval_interval = 25
-eval_iters = 40
+eval_windows = 160
 log_interval = 5

@@ -27,5 +27,6 @@ learning_rate = 3e-3
 min_lr = 1.5e-4
 
 eval_interval = 1000
-eval_iters = 100
+eval_windows = 400
+sample_prompt = "Return the"
 log_interval = 100

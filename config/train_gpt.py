@@ -25,4 +25,5 @@ learning_rate = 3.2e-4
 min_lr = 3.2e-5
 
 eval_interval = 400
-eval_iters = 200
+eval_windows = 2400
+reference = "assets/curves/easygpt.jsonl"  # the original run; the log says how far this one is

@@ -24,4 +24,4 @@ learning_rate = 5e-4
 min_lr = 5e-5
 
 eval_interval = 200
-eval_iters = 150
+eval_windows = 2400

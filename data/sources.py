@@ -1,12 +1,12 @@
 """Where documents come from: the parts that a source falls into, and the texts of one part.
 
-A part is what one worker reads at a time: a few small files, a byte range of a .jsonl, some row
-groups of a .parquet, or a whole file where there is no way to begin in the middle. The parts of a
-source and their order depend on nothing but its files. Archives are streamed, never extracted.
+A part is what one worker turns into a file of tokens: a few small files, a byte range of a .jsonl,
+some row groups of a .parquet, or a whole file where there is no way to begin in the middle. The
+parts of a source and their order depend on nothing but its files. Archives are streamed, never
+extracted.
 """
 
 import ast
-import codecs
 import errno
 import functools
 import glob
@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from text.files import path_of, utf8_decoder
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCUMENTS = 8_013_769
@@ -69,7 +71,7 @@ DAMAGE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.Tar
 
 @dataclass(frozen=True)
 class Part:
-    """What one worker reads at a time."""
+    """A part of a source: what one worker turns into a file of tokens."""
 
     files: tuple[str, ...]  # paths; empty for the embedded corpus
     shard: int  # which file of the source it belongs to, in name order
@@ -106,7 +108,7 @@ def find(name: str, subset: str = "", split: str = "train", revision: str = "") 
         return Source(name, [Part((), 0, 2 * MIB)], 1)
     if name.startswith("hub:"):
         return hub_source(name, subset, split, revision)
-    path = Path(name)
+    path = path_of(name)
     if path.is_dir():
         files = [p for p in path.rglob("*") if not p.name.startswith((".", "cache-"))]
     elif path.exists():
@@ -114,7 +116,7 @@ def find(name: str, subset: str = "", split: str = "train", revision: str = "") 
             raise ValueError(f"{path} must be one of {', '.join(KINDS)}")
         files = [path]
     else:
-        files = [Path(p) for p in glob.glob(name, recursive=True)]
+        files = [Path(p) for p in glob.glob(str(path), recursive=True)]
         if not files:
             hint = (
                 f", or hub:{name} for the Hub's" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
@@ -347,7 +349,7 @@ def txt_documents(file: str, separator: str) -> Iterator[Document]:
 
 def text_blocks(f: io.BufferedIOBase, file: str) -> Iterator[str]:
     """UTF-8 text in blocks, without a byte order mark, newlines as \\n. Raises BadData."""
-    utf8 = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), True)
+    utf8 = utf8_decoder()
     seen = 0
     while True:
         try:

@@ -18,7 +18,7 @@ import tiktoken
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenizer import GPT2_CACHE_NAMES  # noqa: E402
+from text.tokenizer import GPT2_CACHE_NAMES  # noqa: E402
 
 hypothesis.settings.register_profile("patient", deadline=None, max_examples=50)  # machines differ
 hypothesis.settings.load_profile("patient")

@@ -1,16 +1,27 @@
-"""bench.py on toy shapes: what it prints is there, and its memory is the planner's."""
+"""bench/ on toy shapes: what is printed is there, stays at Ctrl-C, and memory is the planner's."""
 
+import importlib
+import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
-import bench
-import memory
+from bench import commands
+from bench.models import Shape
+from bench.trainers import Kind, peak_memory, running
+from plan import memory
 
-TOY = ["--layers=1", "--hidden=64", "--batch=1", "--context=32", "--repeats=1", "--mode=eager"]
+SMALL = ["--layers=1", "--hidden=64", "--repeats=1", "--mode=eager"]
+TOY = [*SMALL, "--batch=1", "--context=32"]
+SCRIPTS = sorted(
+    path.stem for path in (ROOT / "bench").glob("*.py") if "configure(" in path.read_text("utf-8")
+)
+posix = pytest.mark.skipif(sys.platform == "win32", reason="has other signals")
 PEER = """
 from dataclasses import dataclass
 import torch
@@ -39,37 +50,91 @@ class GPT(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("flag", "words"),
+    ("name", "flag", "words"),
     [
-        ("--what=speed", "what must be"),
-        ("--cases=1by64", "cases"),
-        ("--dtype=float16", "float32 or bfloat16"),
-        ("--repeats=0", "at least 1"),
+        ("train", "--mode=fast", "mode must be"),
+        ("train", "--dtype=float16", "float32 or bfloat16"),
+        ("decode", "--cases=1by64", "cases"),
+        ("load", "--repeats=0", "at least 1"),
+        ("save", "--updates=9", "at least 100"),
     ],
 )
-def test_a_mistake_is_one_line(script, flag, words):
-    result = script("bench.py", flag)
+def test_a_mistake_is_one_line(script, name, flag, words):
+    result = script(f"bench/{name}.py", flag)
     assert result.code == 1 and words in result.err and result.err.count("\n") == 1, result.err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_names_the_command_and_each_setting_with_its_comment(script, monkeypatch, name):
+    """And modules are looked for in the repository, not in bench/, whose train.py is another."""
+    others = [path for path in sys.path if path != str(ROOT)]
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *others])
+    result = script(f"bench/{name}.py", "--help")
+    assert sys.path == [str(ROOT), *others]
+    assert result.code == 0 and result.err == ""
+    assert f"python bench/{name}.py" in result.out.splitlines()[0]
+    assert re.findall(r"^  --\w+=", result.out, re.M)
+    assert not re.findall(r"^  --\S+$", result.out, re.M), "a setting without a comment"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_importing_one_does_nothing(monkeypatch, capfd, name):
+    """Nor does it change where modules are looked for, or the command line."""
+    before = sys.path[:], sys.argv[:]
+    monkeypatch.delitem(sys.modules, f"bench.{name}", raising=False)
+    module = importlib.import_module(f"bench.{name}")
+    assert capfd.readouterr() == ("", "") and (sys.path, sys.argv) == before
+    assert module.__doc__
+
+
+@posix
+def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
+    command = [sys.executable, ROOT / "bench" / "load.py", "--repeats=10000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, text=True, **pipes) as process:
+        seen = next((line for line in process.stdout if line.startswith("2/")), "nothing")
+        process.send_signal(signal.SIGINT)
+        table, err = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 130 and err == "\nload.py: interrupted\n"
+    assert re.fullmatch(r"2/10000  \d+, \d+, \d+, \d+ microseconds\n", seen)
+    assert len(re.findall(r"^\| [^|]+ \| \d+ \| [\d.]+ \|$", table, re.M)) == 4
+    assert not [*tmp_path.iterdir()], "what was written is gone"
+
+
+@posix
+def test_an_interrupted_process_ends_with_all_it_has_started():
+    sleeper = "import time; time.sleep(20); print('still there')"
+    code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {sleeper!r}]); "
+    code += "print(1, flush=True); p.wait()"
+    out, into = os.pipe()
+    with open(out, "rb") as pipe:
+        with pytest.raises(KeyboardInterrupt), commands.started(["-c", code], stdout=into):
+            os.close(into)
+            assert pipe.readline() == b"1\n"
+            raise KeyboardInterrupt
+        assert pipe.read() == b"", "the end of a pipe that nobody holds"
 
 
 def test_measured_memory_is_the_planned():
     """Two ways to one number: the allocator's events, and the graph on fake tensors."""
-    shape = bench.Shape(layers=2, hidden=64, batch=3, context=64)
-    training = memory.Training(shape.size, torch.float32, "cpu", False, False, False)
+    shape = Shape(layers=2, hidden=64, batch=3, context=64)
+    training = memory.Training(shape.config, torch.float32, "cpu", False, False, False)
     planned = sum(memory.at_peak(training, shape.batch).values())
-    measured = bench.peak_memory("ours", False, shape, "float32")
+    measured = peak_memory(Kind("ours", False, shape, "float32"))
     assert measured == pytest.approx(planned, rel=0.05)
 
 
-def test_a_peer_that_fails_is_told_of(tmp_path):
+def test_a_peer_that_fails_is_told_of(tmp_path, capfd):
     """In a process of its own, whose error is a line, too."""
-    pytest.importorskip("transformers")
-    command = ["bench.py", "--what=train", *TOY, f"--peer={tmp_path / 'model.py'}"]
-    result = subprocess.run(
-        [sys.executable, *command], cwd=bench.ROOT, capture_output=True, text=True, encoding="utf-8"
-    )
-    assert result.returncode == 1 and "No such file" in result.stderr, result.stderr
-    assert "made no step" in result.stderr and "Traceback" not in result.stderr, result.stderr
+    kind = Kind(str(tmp_path / "model.py"), False, Shape(1, 64, 1, 32), "float32")
+    with pytest.raises(ValueError, match="made no step"), running(kind) as runner:
+        try:
+            runner.step()
+        finally:
+            code = runner.process.wait()
+    err = capfd.readouterr().err
+    assert code == 1 and "No such file" in err and err.count("\n") == 1, err
 
 
 @pytest.mark.slow
@@ -79,7 +144,7 @@ def test_a_peer_stands_in_the_training_table(script, tmp_path):
     peer = tmp_path / "toy" / "model.py"
     peer.write_text(PEER, encoding="utf-8")
     png = tmp_path / "bars.png"
-    result = script("bench.py", "--what=train", *TOY, f"--peer={peer}", f"--png={png}")
+    result = script("bench/train.py", *TOY, f"--peer={peer}", f"--png={png}")
     assert result.code == 0, result.err
     rows = re.findall(
         r"^\| (\w+), eager \| [\d,]+ \| [\d.]+ \| \d+% \| ([\d,]+) \|$", result.out, re.M
@@ -92,8 +157,7 @@ def test_a_peer_stands_in_the_training_table(script, tmp_path):
 @pytest.mark.slow
 def test_all_ways_to_make_text_stand_in_the_table(script):
     pytest.importorskip("transformers")
-    flags = ["--what=decode", *TOY, "--cases=1x4,2x3", "--new_tokens=5"]
-    result = script("bench.py", *flags)
+    result = script("bench/decode.py", *SMALL, "--cases=1x4,2x3", "--new_tokens=5")
     assert result.code == 0, result.err
     assert "ours, eager: 5 of 5 tokens as transformers's" in result.out, "the same greedy text"
     for way in ("transformers", "ours, eager", "ours, int8, eager"):

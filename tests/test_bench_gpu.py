@@ -1,4 +1,4 @@
-"""bench.py --what=gpu on toy sizes: steps run, fail and hang, and the report stays whole."""
+"""bench/gpu.py on toy sizes: steps run, fail and hang, and the report stays whole."""
 
 import json
 import math
@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import bench_gpu
+from bench import gpu_probe, gpu_report, gpu_steps, gpu_training
 
-TRY = ["--what=gpu", "--device=cpu", "--tiny=True"]
+TRY = ["--device=cpu", "--tiny=True"]
 GIB = 2**30
 
 
@@ -19,14 +19,14 @@ def bench(script, tmp_path):
     path = tmp_path / "out" / "gpu.json"
 
     def run(*flags):
-        result = script("bench.py", *TRY, f"--report={path}", *flags)
+        result = script("bench/gpu.py", *TRY, f"--report={path}", *flags)
         return result, json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
 
     return run
 
 
 def test_the_limits_are_eight_minutes_together():
-    assert sum(step.seconds for step in bench_gpu.STEPS) <= 480
+    assert sum(step.seconds for step in gpu_steps.STEPS) <= 480
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_the_limits_are_eight_minutes_together():
     ],
 )
 def test_a_mistake_is_one_line(script, tmp_path, flags, words):
-    result = script("bench.py", "--what=gpu", f"--report={tmp_path / 'r.json'}", *flags)
+    result = script("bench/gpu.py", f"--report={tmp_path / 'r.json'}", *flags)
     assert result.code == 1 and words in result.err and result.err.count("\n") == 1, result.err
 
 
@@ -47,7 +47,7 @@ def test_a_file_that_is_no_report_is_left_alone(script, tmp_path):
     path = tmp_path / "notes.json"
     for text in ("{}x", "[1]", '{"a": 1}'):
         path.write_text(text, encoding="utf-8")
-        result = script("bench.py", *TRY, f"--report={path}")
+        result = script("bench/gpu.py", *TRY, f"--report={path}")
         assert result.code == 1 and "--report" in result.err and path.read_text() == text
 
 
@@ -66,13 +66,13 @@ def test_steps_are_added_to_the_report_and_the_newest_shown(bench):
 
 @pytest.mark.slow
 def test_a_step_that_hangs_or_fails_stops_no_other(bench, monkeypatch):
-    quick = [bench_gpu.Step("a", 0, print), bench_gpu.Step("b", 0, print)]
-    monkeypatch.setattr(bench_gpu, "STEPS", quick)
+    quick = [gpu_steps.Step("a", 0, print), gpu_steps.Step("b", 0, print)]
+    monkeypatch.setattr(gpu_steps, "STEPS", quick)
     result, rows = bench()
     assert result.code == 1 and result.err.count("\n") == 1 and "0 a, 1 b" in result.err
     assert [r["note"] for r in rows] == ["timed out after 0 s"] * 2
     monkeypatch.undo()
-    monkeypatch.setattr(bench_gpu, "write_tokens", lambda *_: None)
+    monkeypatch.setattr(gpu_training, "write_tokens", lambda *_: None)
     result, rows = bench("--steps=5")
     assert result.code == 1 and "5 uncompiled" in result.err
     assert rows[-1]["passed"] is False and "data" in rows[-1]["note"], rows[-1]
@@ -83,7 +83,7 @@ def test_a_step_that_hangs_or_fails_stops_no_other(bench, monkeypatch):
 def test_all_steps_pass_on_toy_sizes(bench):
     result, rows = bench()
     assert result.code == 0, result.out + result.err
-    assert sorted(r["step"] for r in rows) == list(range(len(bench_gpu.STEPS)))
+    assert sorted(r["step"] for r in rows) == list(range(len(gpu_steps.STEPS)))
     assert all(r["passed"] for r in rows)
     found = {r["step"]: r["figures"] for r in rows}
     assert len(found[12]["kernels_ms_calls"]) == 15 and found[2]["planned"] > 0
@@ -108,14 +108,14 @@ def training(**changed):
     ],
 )
 def test_what_must_hold_for_training(changed, missed):
-    checks = bench_gpu.training_checks(training(**changed))
+    checks = gpu_training.training_checks(training(**changed))
     assert [name for name, holds in checks.items() if not holds] == missed
 
 
 def test_the_peak_is_compared_with_the_plan():
-    assert bench_gpu.peak_check(None, 100.0, 0.07) == {}
+    assert gpu_training.peak_check(None, 100.0, 0.07) == {}
     ratios = (0.92, 0.94, 1.06, 1.08)
-    holds = [[*bench_gpu.peak_check(int(r * GIB), GIB, 0.07).values()] for r in ratios]
+    holds = [[*gpu_training.peak_check(int(r * GIB), GIB, 0.07).values()] for r in ratios]
     assert holds == [[False], [True], [True], [False]]
 
 
@@ -129,7 +129,7 @@ def test_the_peak_is_compared_with_the_plan():
     ],
 )
 def test_judging(found, passed):
-    assert bench_gpu.judge(found) == passed
+    assert gpu_report.judge(found) == passed
 
 
 @pytest.fixture
@@ -157,10 +157,10 @@ def card(monkeypatch):
 def test_memory_of_a_gpu(card):
     where = torch.device("cuda")
     sizes = {"peak": 8 * GIB, "gaps": 2 * GIB, "context": 2 * GIB}
-    assert bench_gpu.memory_figures(where) == sizes and card == []
-    assert bench_gpu.memory_figures(where, reset=True) == sizes
-    bench_gpu.synchronise(where)
-    with bench_gpu.shortage(where):
+    assert gpu_probe.memory_figures(where) == sizes and card == []
+    assert gpu_probe.memory_figures(where, reset=True) == sizes
+    gpu_probe.synchronise(where)
+    with gpu_probe.shortage(where):
         pass
     assert card == [
         ("reset_peak_memory_stats", where),
@@ -175,8 +175,8 @@ def test_planned_and_measured_memory_stand_side_by_side():
     decoding = {"planned": GIB, "eager_peak": 1.1 * GIB, "eager_context": GIB, "eager_gaps": 0}
     rows = {2: {"name": "reference", "figures": reference}, 5: {"name": "x", "figures": {}}}
     rows[8] = {"name": "decoding", "figures": decoding}
-    lines = list(bench_gpu.memory_table(rows))
+    lines = list(gpu_report.memory_table(rows))
     assert lines[2] == "| reference | 12 | 12.000 | 12.600 | 1.050 | 0.400 | 0.300 |"
     assert lines[3] == "| decoding | 1 | 1.000 | 1.100 | 1.100 | 1.000 | 0.000 |"
     assert "at most 1.00 GiB" in lines[-1] and len(lines) == 5
-    assert list(bench_gpu.memory_table({2: {"name": "r", "figures": {"planned": 1}}})) == []
+    assert list(gpu_report.memory_table({2: {"name": "r", "figures": {"planned": 1}}})) == []

@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
-import checkpoint
+from formats import checkpoint, pack, rebuild
 from model import GPT, GPTConfig
+from run.saver import Saver
 
 SIZE = GPTConfig(
     vocab_size=64,
@@ -29,7 +30,7 @@ def state(seed=0, **more):
 
 
 def logits(path):
-    model = checkpoint.load_model(path, checkpoint.load(path))
+    model = rebuild.load_model(path, checkpoint.load(path))
     return model(torch.arange(16)[None])[0]
 
 
@@ -116,7 +117,7 @@ def test_no_checkpoint_says_what_to_type(tmp_path):
 
 def test_one_damaged_block_does_not_spoil_the_last_and_the_best(tmp_path):
     """As two names of one file they would be lost together."""
-    saver = checkpoint.Saver(tmp_path, keep_last=2)
+    saver = Saver(tmp_path, keep_last=2)
     saver.save(1, state())
     saver.save_best(state())
     saver.wait()
@@ -138,11 +139,11 @@ def test_a_packed_copy_equals_shares_nothing_and_is_few_records(tmp_path):
         "half": {"a": torch.randn(3).bfloat16(), 5: None, "n": 7},
     }
     given["square_turned"] = given["square"][0].T  # the same memory, another matrix
-    packed = checkpoint.Packed()
+    packed = pack.Packed()
     first = packed.copy(given)
     torch.testing.assert_close(first, given, rtol=0, atol=0)
     assert first["tied"][0] is first["tied"][1]
-    pieces = {t.untyped_storage().data_ptr() for t in checkpoint.tensors_in(first) if t.numel()}
+    pieces = {t.untyped_storage().data_ptr() for t in pack.tensors_in(first) if t.numel()}
     assert len(pieces) == 3  # float32, int64, bfloat16
     table.zero_()
     assert first["tied"][0].abs().sum() > 0
@@ -242,5 +243,5 @@ def test_a_model_to_be_loaded_is_not_initialised_first(tmp_path, monkeypatch):
     """Random numbers for 303M parameters take seconds."""
     saved, drawn = state(), []
     monkeypatch.setattr(torch.Tensor, "normal_", lambda self, *a, **k: drawn.append(1) or self)
-    model = checkpoint.load_model(tmp_path / "a.pt", saved)
+    model = rebuild.load_model(tmp_path / "a.pt", saved)
     assert not drawn and torch.equal(model.cos, GPT(SIZE).cos) and drawn

@@ -13,6 +13,8 @@ import ast
 import contextlib
 import ctypes
 import os
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -30,18 +32,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-import checkpoint
-import dataloader
-import distributed
-import memory
-import planner
-import runtime
 import sample
-import sampling
-import scoring
-import train
-from dataloader import TokenData, TrainLoader, TrainOrder, eval_batches, split_windows
-from model import GPT, GPTConfig, choose_attention
+from formats import pack
+from making import compiled, scoring
+from model import GPT, GPTConfig
+from plan import memory, report
+from run import cards, compiling, machine, microbatch, team
+from run import script as scripts
+from run.gpu import missing_kernels, unused_gpu
+from run.machine import choose_attention
+from text import batches
+from text.batches import TrainLoader, TrainOrder, eval_batches, split_windows
+from text.tokens import TokenData
 
 SIZE = GPTConfig(
     vocab_size=320,
@@ -54,6 +56,7 @@ SIZE = GPTConfig(
     max_position_embeddings=64,
 )
 CARD = "NVIDIA GeForce RTX 3090"
+ROOMS = ("run", "text", "making", "formats", "plan", "data")  # bench has a test of its own
 KINDS = {"cpu", "cuda"}
 FEW = [(4, 4), (4, 1)]
 
@@ -106,9 +109,7 @@ class Sites(ast.NodeVisitor):
 def sites():
     """By file and line, of all modules."""
     found = {}
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
-        if path.stem == "bench_gpu":  # tests/test_bench_gpu.py enters its few
-            continue
+    for path in [*ROOT.glob("*.py"), *(p for r in ROOMS for p in ROOT.glob(f"{r}/*.py"))]:
         visitor = Sites(path.stem)
         visitor.visit(ast.parse(path.read_text(encoding="utf-8")))
         for name, line, expression, on_cuda in visitor.found:
@@ -238,18 +239,18 @@ def fake_ids(*shape):
 # ---------------------------------------------------------------- devices
 
 
-@enters("runtime.select_device")
+@enters("machine.select_device")
 def test_a_gpu_has_an_index(gpu):
     """torch.cuda.set_device, real but for its last line, refuses a device without."""
     for name, index in {"auto": 0, "cuda": 0, "cuda:0": 0, "cuda:1": 1}.items():
-        device = runtime.select_device(name)
+        device = machine.select_device(name)
         assert device == torch.device("cuda", index) and device.index == index, name
         torch.cuda.set_device(device)
         assert gpu.current == [index, index]
         gpu.current.clear()
-        assert runtime.unused_gpu(name, device) == ""
+        assert unused_gpu(name, device) == ""
     with pytest.raises(ValueError, match=r"cuda:0, cuda:1; write one .* --nproc_per_node=2"):
-        runtime.select_device("cuda:2")
+        machine.select_device("cuda:2")
 
 
 def test_torch_refuses_a_device_without_an_index(gpu):
@@ -257,7 +258,7 @@ def test_torch_refuses_a_device_without_an_index(gpu):
         torch.cuda.set_device(torch.device("cuda"))
 
 
-@enters("dataloader.TrainLoader.__init__", "dataloader.host_tensor")
+@enters("batches.TrainLoader.__init__", "batches.host_tensor")
 def test_the_prefetch_thread_starts_and_pins(gpu, dataset, monkeypatch):
     """With the device that select_device gives, for every spelling; its batches are pinned."""
     pinned = []
@@ -270,7 +271,7 @@ def test_the_prefetch_thread_starts_and_pins(gpu, dataset, monkeypatch):
     )
     device = None
     for name in ("auto", "cuda", "cuda:1"):
-        device = runtime.select_device(name)
+        device = machine.select_device(name)
         data = TokenData(dataset, "train", 16, 320)
         order = TrainOrder(data.tokens, 16, 64, 0)
         loader = TrainLoader(data, order, 0, 1, device)
@@ -285,7 +286,7 @@ def test_the_prefetch_thread_starts_and_pins(gpu, dataset, monkeypatch):
     assert len(pinned) >= 12
 
 
-@enters("dataloader.split_windows")
+@enters("batches.split_windows")
 @pytest.mark.parametrize(("narrow", "numpy"), [(torch.int16, "<u2"), (torch.int32, "<u4")])
 def test_ids_are_widened_on_the_gpu_as_on_the_cpu(narrow, numpy):
     """The GPU's way, run on tensors that only say that they are elsewhere."""
@@ -301,40 +302,40 @@ def test_ids_are_widened_on_the_gpu_as_on_the_cpu(narrow, numpy):
         assert x.dtype == y.dtype == torch.int64 and x.shape == (2, 16) and x.is_cuda
 
 
-@enters("runtime.select_dtype", "runtime.why_not_compile", "runtime.peak_flops")
-@enters("runtime.describe", "runtime.tune", "runtime.release_memory", "planner.free_memory")
+@enters("machine.select_dtype", "compiling.why_not_compile", "cards.peak_flops")
+@enters("machine.describe", "machine.tune", "machine.release_memory", "report.free_memory")
 def test_what_is_asked_of_a_card(gpu, monkeypatch):
-    device = runtime.select_device("auto")
-    assert runtime.select_dtype("auto", device)[0] == torch.bfloat16
-    assert runtime.select_dtype("float16", device)[0] == torch.float16
-    assert runtime.peak_flops(device) == 71e12
-    assert runtime.describe(device) == "NVIDIA GeForce RTX 3090, 24 GiB"
-    assert planner.free_memory(device) == 23 * 2**30
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: object())
-    assert runtime.why_not_compile(device) == ""
-    runtime.release_memory(device)
+    device = machine.select_device("auto")
+    assert machine.select_dtype("auto", device)[0] == torch.bfloat16
+    assert machine.select_dtype("float16", device)[0] == torch.float16
+    assert cards.peak_flops(device) == 71e12
+    assert machine.describe(device) == "NVIDIA GeForce RTX 3090, 24 GiB"
+    assert report.free_memory(device) == 23 * 2**30
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: object())
+    assert compiling.why_not_compile(device) == ""
+    machine.release_memory(device)
     assert gpu.current[-1] == "empty"
     before = torch.get_float32_matmul_precision()
-    runtime.tune(device)
+    machine.tune(device)
     assert torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision(before)
-    assert runtime.select_dtype("auto", torch.device("mps"))[0] == torch.float32
+    assert machine.select_dtype("auto", torch.device("mps"))[0] == torch.float32
     gpu.capability = (7, 5)
-    assert runtime.select_dtype("auto", device)[0] == torch.float16
+    assert machine.select_dtype("auto", device)[0] == torch.float16
     gpu.capability = (6, 1)
-    assert "7.0" in runtime.why_not_compile(device)
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
-    assert "triton" in runtime.why_not_compile(device)
+    assert "7.0" in compiling.why_not_compile(device)
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    assert "triton" in compiling.why_not_compile(device)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("cuda:0", "high"), ("cpu", "highest")])
 def test_tf32_is_for_cuda_alone(name, expected, monkeypatch):
     """On a CPU the same call changes how some of them multiply float32."""
-    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: None)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        runtime.tune(torch.device(name))
+        machine.tune(torch.device(name))
         assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision(before)
@@ -345,26 +346,26 @@ def test_training_on_a_cpu_leaves_float32_as_it_is(script, tiny):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-@enters("distributed.Team.device", "distributed.join")
+@enters("team.Team.device", "team.join")
 def test_ranks_have_their_own_gpu_and_nccl(gpu, monkeypatch):
-    team = distributed.Team(rank=1, ranks=2, local_rank=1, local_ranks=2, alone=False)
-    assert [team.device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
-    for name, value in zip(distributed.VARIABLES, ("1", "2", "localhost", "1"), strict=True):
+    mine = team.Team(rank=1, ranks=2, local_rank=1, local_ranks=2, alone=False)
+    assert [mine.device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    for name, value in zip(team.VARIABLES, ("1", "2", "localhost", "1"), strict=True):
         monkeypatch.setenv(name, value)
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     groups = []
-    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
+    monkeypatch.setattr(team, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
     monkeypatch.setattr(
-        distributed.dist, "init_process_group", lambda backend, **_: groups.append(backend)
+        team.dist, "init_process_group", lambda backend, **_: groups.append(backend)
     )
-    assert distributed.join(1).rank == 1 and groups == ["cpu:gloo,cuda:nccl"]
+    assert team.join(1).rank == 1 and groups == ["cpu:gloo,cuda:nccl"]
 
 
 @enters("sharded.Writer.copy")
 def test_parts_are_copied_to_pinned_memory_and_waited_for(monkeypatch):
     """When the tensors are on a GPU; a run on the CPU of such a machine leaves the GPU alone."""
-    import sharded
+    from formats import sharded
 
     calls = []
 
@@ -401,16 +402,16 @@ def refused(monkeypatch, tmp_path):
     def set_up(card=f"{CARD}, 580.95.05\n", cuda=None, code=0):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        monkeypatch.setattr(runtime.shutil, "which", lambda name: f"/bin/{name}")
+        monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
         said = subprocess.CompletedProcess([], code, stdout=card, stderr="")
-        monkeypatch.setattr(runtime.subprocess, "run", lambda *_, **__: said)
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: said)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     return set_up
 
 
 @pytest.mark.parametrize(
-    ("machine", "words"),
+    ("found", "words"),
     [
         ({}, ["RTX 3090", "built without CUDA", "--torch-backend=auto torch==2."]),
         (
@@ -420,15 +421,15 @@ def refused(monkeypatch, tmp_path):
         ({"cuda": "12.6"}, ["cannot use", "torch.cuda.init()"]),
     ],
 )
-def test_a_gpu_that_torch_does_not_see_is_told_of(refused, machine, words):
-    refused(**machine)
-    device = runtime.select_device("auto")
-    line = runtime.unused_gpu("auto", device)
+def test_a_gpu_that_torch_does_not_see_is_told_of(refused, found, words):
+    refused(**found)
+    device = machine.select_device("auto")
+    line = unused_gpu("auto", device)
     assert device.type != "cuda" and "\n" not in line
     assert not [word for word in words if word not in line], line
-    assert runtime.unused_gpu("cpu", device) == "", "asked for"
+    assert unused_gpu("cpu", device) == "", "asked for"
     with pytest.raises(ValueError, match="device='cuda', but.*RTX 3090"):
-        runtime.select_device("cuda")
+        machine.select_device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -440,22 +441,22 @@ def test_a_gpu_that_torch_does_not_see_is_told_of(refused, machine, words):
 )
 def test_a_driver_that_does_not_work_is_told_of(refused, said):
     refused(card=f"{said}\nmore\n", code=18, cuda="13.0")
-    line = runtime.unused_gpu("auto", torch.device("cpu"))
+    line = unused_gpu("auto", torch.device("cpu"))
     assert said in line and "restart" in line and "\n" not in line
 
 
 def test_where_there_is_no_gpu_nothing_is_said(refused, monkeypatch):
     refused(card="No devices were found\n", code=6)  # a program without a card
-    assert runtime.unused_gpu("auto", torch.device("cpu")) == ""
+    assert unused_gpu("auto", torch.device("cpu")) == ""
     refused()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
-    assert runtime.unused_gpu("auto", torch.device("cpu")) == ""
+    assert unused_gpu("auto", torch.device("cpu")) == ""
     refused()
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
-    assert runtime.unused_gpu("auto", torch.device("cpu")) == ""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert unused_gpu("auto", torch.device("cpu")) == ""
 
 
-@enters("runtime.unused_gpu")
+@enters("gpu.unused_gpu")
 def test_a_card_without_kernels_is_told_of(gpu):
     """A V100 and a card of tomorrow."""
     for capability, words in {
@@ -463,29 +464,29 @@ def test_a_card_without_kernels_is_told_of(gpu):
         (11, 0): "--torch-backend=auto torch (in",
     }.items():
         gpu.capability = capability
-        assert words in runtime.missing_kernels(0)
-        device = runtime.select_device("auto")
-        assert device.type != "cuda" and CARD in runtime.unused_gpu("auto", device)
+        assert words in missing_kernels(0)
+        device = machine.select_device("auto")
+        assert device.type != "cuda" and CARD in unused_gpu("auto", device)
         with pytest.raises(ValueError, match="no kernels"):
-            runtime.select_device("cuda")
-        assert runtime.unused_gpu("auto", torch.device("cuda", 0)) == ""
+            machine.select_device("cuda")
+        assert unused_gpu("auto", torch.device("cuda", 0)) == ""
 
 
 def test_a_usable_gpu_beside_one_without_kernels_is_taken(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(5, 2), (8, 6)][i])
-    device = runtime.select_device("auto")
-    assert device == torch.device("cuda", 1) and runtime.unused_gpu("auto", device) == ""
+    device = machine.select_device("auto")
+    assert device == torch.device("cuda", 1) and unused_gpu("auto", device) == ""
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 1)])
 def test_a_card_runs_the_kernels_of_its_generation(gpu, capability):
     gpu.capability = capability
-    assert runtime.missing_kernels(0) == "" and runtime.select_device("auto").type == "cuda"
+    assert missing_kernels(0) == "" and machine.select_device("auto").type == "cuda"
 
 
 def test_kernels_that_are_compiled_when_loaded_count(gpu):
     gpu.capability, gpu.archs = (11, 0), ["sm_90", "compute_90"]
-    assert runtime.missing_kernels(0) == ""
+    assert missing_kernels(0) == ""
 
 
 @pytest.mark.parametrize("name", ["train.py", "sample.py", "evaluate.py"])
@@ -511,19 +512,20 @@ def test_scripts_say_it_loudly(script, tiny, tmp_path, refused, name):
 
 def natural(card):
     """A10 before A40 before A100."""
-    parts = runtime.re.split(r"(\d+)", card)
+    parts = re.split(r"(\d+)", card)
     return [(int(p), "") if p.isdigit() else (-1, p) for p in parts]
 
 
 def test_every_card_can_be_planned_for_and_stands_in_order():
-    names = [c.name for c in planner.CARDS]
+    names = [c.name for c in cards.CARDS]
     assert names == sorted(names, key=natural)
-    peaks = [name for name in runtime.PEAK_TFLOPS if "PCI" not in name or name == "H100 PCIe"]
-    assert peaks == sorted(peaks, key=natural)
-    assert {runtime.short_name(name) for name in names} == set(peaks)
-    for card in planner.CARDS:
-        assert planner.find_card(card.name.replace(" ", "")) == card and card.memory >= 8
-    assert planner.find_card("RTX4060Ti").memory == 8, "the smallest without a size"
+    peaks = {}
+    for card in cards.CARDS:
+        peaks.setdefault(cards.short_name(card.name), set()).add(card.tflops)
+    assert all(len(found) == 1 for found in peaks.values()), "one speed, whatever the memory"
+    for card in cards.CARDS:
+        assert cards.find_card(card.name.replace(" ", "")) == card and card.memory >= 8
+    assert cards.find_card("RTX4060Ti").memory == 8, "the smallest without a size"
 
 
 @pytest.mark.parametrize(
@@ -533,7 +535,9 @@ def test_every_card_can_be_planned_for_and_stands_in_order():
     + [("NVIDIA GeForce RTX 4090 D", 147.1), ("NVIDIA GeForce RTX 5070 Ti Laptop GPU", None)],
 )
 def test_cards_by_the_names_that_drivers_give(card, tflops):
-    assert runtime.PEAK_TFLOPS.get(runtime.short_name(card)) == tflops
+    name = cards.short_name(card)
+    found = {c.tflops for c in cards.CARDS if cards.short_name(c.name) == name}
+    assert found == ({tflops} if tflops else set())
 
 
 # ---------------------------------------------------------------- out of memory
@@ -586,11 +590,11 @@ OTHER = [
 
 
 def test_every_way_to_say_that_memory_is_short():
-    assert [name for name, error in SHORT.items() if not runtime.is_oom(error)] == []
-    assert [str(error) for error in OTHER if runtime.is_oom(error)] == []
+    assert [name for name, error in SHORT.items() if not machine.is_oom(error)] == []
+    assert [str(error) for error in OTHER if machine.is_oom(error)] == []
     loop = RuntimeError("a")
     loop.__cause__ = loop
-    assert not runtime.is_oom(loop) and not runtime.is_oom(None)
+    assert not machine.is_oom(loop) and not machine.is_oom(None)
 
 
 def out_of_memory_above(windows, error, monkeypatch, grad=True):
@@ -685,7 +689,7 @@ def test_a_size_that_is_halved_later_is_compiled_once(script, tiny, graphs, monk
 
     Torch keeps a few graphs of a function only, here two, and is silent about the next.
     """
-    calls, real = [], train.TrainLoader.batch
+    calls, real = [], batches.TrainLoader.batch
 
     def batch(self, step, micro_step, size):
         calls.append(size)
@@ -693,7 +697,7 @@ def test_a_size_that_is_halved_later_is_compiled_once(script, tiny, graphs, monk
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(self, step, micro_step, size)
 
-    monkeypatch.setattr(dataloader.TrainLoader, "batch", batch)
+    monkeypatch.setattr(batches.TrainLoader, "batch", batch)
     result = script("train.py", *tiny, "--compile=True")
     assert result.code == 0, result.err
     assert "going on with 2 x 4 micro-steps" in result.out
@@ -724,7 +728,7 @@ def test_a_script_without_a_second_try_ends_in_a_line(capsys, kind):
         raise SHORT[kind]
 
     with pytest.raises(SystemExit, match="1"):
-        runtime.run(main)
+        scripts.run(main)
     said = capsys.readouterr().err
     words = {"Python": "MemoryError", "chained": "Failed running", "compiler": "CUDA out of memory"}
     assert "out of memory: " in said and "; try a smaller" in said and said.count("\n") == 1
@@ -735,13 +739,16 @@ class Tensorlike:
     """Stands for what a failed attempt has in memory."""
 
 
-@pytest.mark.parametrize("how", ["eager", "first called", "compiled", "in a circle"])
+@pytest.mark.parametrize(
+    "how",
+    ["eager", "first called", "compiled", "in a circle", "backward", "backward of the rehearsal"],
+)
 def test_the_memory_of_the_attempt_that_failed_is_free_in_the_next(
     script, tiny, monkeypatch, graphs, how
 ):
     """An exception that is kept, by a name or by a circle, keeps the tensors of all its frames."""
     held, alive = [], []
-    real = train.TrainLoader.batch
+    real = batches.TrainLoader.batch
 
     def batch(self, step, micro_step, size):
         if size > 2:
@@ -756,17 +763,34 @@ def test_the_memory_of_the_attempt_that_failed_is_free_in_the_next(
             alive.append([ref() is not None for ref in held])
         return real(self, step, micro_step, size)
 
-    monkeypatch.setattr(dataloader.TrainLoader, "batch", batch)
-    released, release = [], runtime.release_memory
+    back = torch.autograd.backward
+
+    def backward(loss, *args, **kwargs):
+        if not alive:  # the first try; its graph hangs on the loss
+            held.append(weakref.ref(loss))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        back(loss, *args, **kwargs)
+
+    if how.startswith("backward"):
+        monkeypatch.setattr(torch.autograd, "backward", backward)
+
+        def batch(self, step, micro_step, size):
+            if size <= 2:
+                alive.append([ref() is not None for ref in held])
+            return real(self, step, micro_step, size)
+
+    monkeypatch.setattr(batches.TrainLoader, "batch", batch)
+    released, release = [], microbatch.release_memory
 
     def note(device):
         released.append(device.type)
         release(device)
 
-    monkeypatch.setattr(runtime, "release_memory", note)
+    monkeypatch.setattr(microbatch, "release_memory", note)
     if how in ("first called", "compiled"):
         graphs.error, graphs.at_call, graphs.above = SHORT["torch"], how == "first called", 2
-    flags = ["--compile=False"] if how in ("eager", "in a circle") else ["--compile=True"]
+    compiles = how in ("first called", "compiled", "backward of the rehearsal")
+    flags = [f"--compile={compiles}"]
     result = script("train.py", *tiny, *flags, "--max_iters=1", "--warmup_iters=0")
     assert result.code == 0 and "going on with 2 x 4" in result.out, result.err
     assert held and released and not any(alive[0])
@@ -818,7 +842,7 @@ def test_forward_and_loss(dtype):
         model = fake_model().train()
         device = torch.device("cuda", 0)
         x = fake_ids(3, 32)
-        with runtime.autocast(device, dtype), torch.no_grad():
+        with machine.autocast(device, dtype), torch.no_grad():
             _, loss = model(x, x, loss_only=True)
             logits, _ = model(x, x)
             cache = model.new_cache(2, 32)
@@ -902,14 +926,14 @@ def test_text_is_the_same_whatever_the_strides_of_attention(kernel, heads, monke
         monkeypatch.setattr(
             torch, "compile", lambda f, options, **how: plain(f, backend="aot_eager", **how)
         )
-        assert sampling.compile_decode(model, 12) == ""
+        assert compiled.compile_decode(model, 12) == ""
         assert torch.equal(model.generate(x, 6, temperature=0, lengths=lengths), expected)
         torch._dynamo.reset()
     if kernel == "efficient" and heads == (16, 4):
         assert ((2, 4, 4, 16), (256, 16, 64, 1)) in found, "a token's four heads, side by side"
 
 
-@enters("runtime.use_huge_pages", "sample.prepare", "sample.main")
+@enters("compiled.use_huge_pages", "sample.prepare", "sample.main")
 def test_a_model_for_text_goes_to_the_gpu_as_it_is(gpu, monkeypatch):
     """Neither layers for few rows nor large pages, which are a CPU's; int8 is refused."""
     monkeypatch.setattr(sample, "choose_attention", lambda model, number: "")
@@ -917,10 +941,10 @@ def test_a_model_for_text_goes_to_the_gpu_as_it_is(gpu, monkeypatch):
     monkeypatch.setattr(GPT, "to", lambda self, *to: moved.append(to))
     with fake_cuda():
         model = fake_model()
-        sample.prepare(model, torch.device("cuda", 0), torch.bfloat16)
+        sample.prepare(model, machine.Machine(torch.device("cuda", 0), torch.bfloat16, ""))
         assert moved == [(torch.device("cuda", 0), torch.bfloat16)]
         assert type(model.lm_head) is torch.nn.Linear
-        runtime.use_huge_pages(model)
+        compiled.use_huge_pages(model)
         assert model.embed_tokens.weight.is_cuda
     monkeypatch.setattr(sample, "quantize", "int8")
     with pytest.raises(ValueError, match="quantize must be int8, on a CPU"):
@@ -948,19 +972,19 @@ def test_key_heads_are_copied_where_only_that_is_fused(monkeypatch):
 # ---------------------------------------------------------------- plans, saving, compiling
 
 
-@enters("planner.find_card", "memory.attention_of", "train.why_uncompiled")
+@enters("cards.find_card", "memory.attention_of", "compiling.why_uncompiled")
 def test_a_plan_for_cuda():
     """Traced as a GPU keeps it: the same with and without dropout, whose mask no kernel keeps."""
     training = memory.Training(SIZE, torch.bfloat16, "cuda", True, False, True)
     planned = sum(memory.at_peak(training, 4).values())
-    assert planned > 0 and planner.find_card("cuda:1") is None
-    lines = list(planner.memory_lines(training, 4, 23e9, "free memory"))
+    assert planned > 0 and cards.find_card("cuda:1") is None
+    lines = list(report.memory_lines(training, 4, 23e9, "free memory"))
     assert "fits" in lines[-1] and "1.0 for what is not in the graph" in lines[-1]
-    assert train.why_uncompiled(torch.device("cuda", 0), 1.0, "") == ""
-    assert "short" in train.why_uncompiled(torch.device("cpu"), 1.0, "")
+    assert compiling.why_uncompiled("auto", torch.device("cuda", 0), 1.0, "") == ""
+    assert "short" in compiling.why_uncompiled("auto", torch.device("cpu"), 1.0, "")
 
 
-@enters("planner.timed_step.seconds", "planner.plan")
+@enters("report.timed_step.seconds", "report.plan")
 def test_steps_of_a_plan_are_timed_after_the_device_is_done(gpu, monkeypatch):
     """However short; each time is taken when the GPU has finished, not when it has been asked."""
     device, waits = torch.device("cuda", 0), []
@@ -969,18 +993,18 @@ def test_steps_of_a_plan_are_timed_after_the_device_is_done(gpu, monkeypatch):
         def to(self, place):
             return self
 
-    monkeypatch.setattr(planner, "GPT", Small)
+    monkeypatch.setattr(report, "GPT", Small)
     idle = types.SimpleNamespace(step=lambda: None)  # a real one asks for the GPU's stream
-    monkeypatch.setattr(planner, "configure_optimizer", lambda *_: idle)
-    monkeypatch.setattr(planner, "memory_lines", lambda *_: ())  # fake tensors ask for a real GPU
-    monkeypatch.setattr(planner, "card_lines", lambda *_: ())
-    monkeypatch.setattr(planner, "smallest_change", lambda *_: "")
+    monkeypatch.setattr(report, "configure_optimizer", lambda *_: idle)
+    monkeypatch.setattr(report, "memory_lines", lambda *_: ())  # fake tensors ask for a real GPU
+    monkeypatch.setattr(report, "card_lines", lambda *_: ())
+    monkeypatch.setattr(report, "smallest_change", lambda *_: "")
     monkeypatch.setattr(torch.accelerator, "synchronize", waits.append)
     real = torch.randint
     monkeypatch.setattr(torch, "randint", lambda *args, device: real(*args))
-    monkeypatch.setattr(planner.runtime, "autocast", lambda device, dtype: contextlib.nullcontext())
+    monkeypatch.setattr(report, "autocast", lambda device, dtype: contextlib.nullcontext())
     training = memory.Training(SIZE, torch.bfloat16, "cuda", False, False, True)
-    lines = list(planner.plan(training, device, None, 2, 256, 10, 1))
+    lines = list(report.plan(training, device, None, 2, 256, 10, 1))
     assert any("measured on a few micro-steps" in line for line in lines)
     assert waits == [device] * 4
 
@@ -995,7 +1019,7 @@ def test_the_savers_copy_is_of_the_moment_it_was_asked():
         def device(self):
             return torch.device("cuda", 0)
 
-    packed = checkpoint.Packed()
+    packed = pack.Packed()
     weight = torch.arange(6.0).as_subclass(Elsewhere)
     copy = packed.copy({"model": {"w": weight, "tied": weight}, "step": 3})
     weight.as_subclass(torch.Tensor).add_(1)

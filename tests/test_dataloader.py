@@ -9,15 +9,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dataloader import (
-    IGNORED,
-    TokenData,
-    TrainLoader,
-    TrainOrder,
-    eval_batches,
-    permute,
-    split_windows,
-)
+from text.batches import IGNORED, TrainLoader, TrainOrder, eval_batches, permute, split_windows
+from text.split import split_parts, val_documents, val_share
+from text.tokens import TokenData
 
 CPU = torch.device("cpu")
 
@@ -269,7 +263,7 @@ def stream(data):
     return data.windows(np.array([0]), data.tokens)[0]
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.4])
+@pytest.mark.parametrize("fraction", [0.0, 0.02, 0.4])
 def test_unmerged_shares_read_as_their_merged_result(script, tmp_path, source, fraction):
     """The same documents for validation, in the same order; the same text for training."""
     flags = [f"--val_fraction={fraction}", "--tokenizer=bytes", "--num_proc=1"]
@@ -286,6 +280,38 @@ def test_unmerged_shares_read_as_their_merged_result(script, tmp_path, source, f
             TokenData(tmp_path / "open", split, 9, 256)
         path, place = re.match(r"(\S+) at token ([\d,]+) holds", str(error.value)).groups()
         assert np.fromfile(path, dtype="<u2")[int(place.replace(",", ""))] == 256
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=8).filter(
+        lambda parts: sum(map(len, parts)) > 1
+    ),
+    fraction=st.floats(0.001, 0.999),
+)
+@example(lengths=[[], [3], [], [1, 1], []], fraction=0.5)
+def test_the_split_has_each_token_once(lengths, fraction):
+    """Against lists: validation in the split's order, training in the source's, runs in a part."""
+    tokens = [[(i, j) for j in range(sum(part))] for i, part in enumerate(lengths)]
+    documents = []
+    for part, ids in zip(lengths, tokens, strict=True):
+        ends = np.cumsum(part, dtype=int).tolist()
+        documents += [ids[end - n : end] for end, n in zip(ends, part, strict=True)]
+    found = split_parts([np.array(part, dtype=np.int64) for part in lengths], fraction, 7)
+
+    def read(rows):
+        return [token for part, a, b in rows.tolist() for token in tokens[part][a:b]]
+
+    chosen = val_documents(len(documents), fraction, 7).tolist()
+    assert found.chosen.tolist() == chosen and 0 < len(chosen) < len(documents)
+    assert read(found.val) == [t for i in chosen for t in documents[i]]
+    others = [d for i, d in enumerate(documents) if i not in chosen]
+    assert read(found.train) == [t for d in others for t in d]
+    assert len(found.train) <= len(chosen) + len(lengths), "neighbours together"
+
+
+def test_few_documents_give_more_of_them_for_validation():
+    assert [val_share(n, 0.0) for n in (2, 99_999, 100_000)] == [0.05, 0.05, 0.0005]
+    assert val_share(100_000, 0.3) == val_share(2, 0.3) == 0.3
 
 
 def test_missing_and_damaged_shares_are_named(script, tmp_path, source):

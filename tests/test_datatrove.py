@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-from dataloader import TokenData
-from tokenizer import get_tokenizer
+from text.tokenizer import get_tokenizer
+from text.tokens import TokenData
 
 pytest.importorskip("datatrove")
 pytest.importorskip("orjson")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-import checkpoint
+from formats import checkpoint, easygpt, listing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo and signals as on Linux")
 
@@ -183,13 +183,14 @@ def test_saved_on_two_ranks_resumed_on_more(on_two, flags, tmp_path, ranks):
 
 
 AT_STEP = """
-import dataloader, signal
-real = dataloader.TrainLoader.batch
+import signal
+from text import batches
+real = batches.TrainLoader.batch
 def batch(self, step, micro_step, batch_size):
     if os.environ["RANK"] == "1" and (step, micro_step) == (37, 2):
         {do}
     return real(self, step, micro_step, batch_size)
-dataloader.TrainLoader.batch = batch
+batches.TrainLoader.batch = batch
 """
 
 
@@ -216,7 +217,7 @@ def test_a_signal_to_one_rank_stops_all(flags, tmp_path):
     text = must(torchrun(2, *flags, code=usr1, out=out))
     assert "stopped by SIGUSR1 after 37 updates" in text
     assert "torchrun --standalone --nproc_per_node=2" in text and "--init_from=resume" in text
-    assert checkpoint.steps_saved(out)[0][0] == 37
+    assert listing.steps_saved(out)[0][0] == 37
     assert max(step for step, _ in losses(out)) == 36
     assert (out / ".lock").read_text(encoding="utf-8") == ""
 
@@ -235,7 +236,7 @@ def test_a_signal_to_torchrun_stops_all(flags, tmp_path, name):
     process.send_signal(getattr(signal, name))
     _, text, err = finish(process)  # torchrun itself ends with its own traceback
     assert f"stopped by {name}" in text and not said(err)
-    newest = checkpoint.steps_saved(out)[0][0]
+    newest = listing.steps_saved(out)[0][0]
     assert newest < 50
     assert max([-1, *(step for step, k in losses(out) if k == "loss")]) == newest - 1
 
@@ -243,7 +244,7 @@ def test_a_signal_to_torchrun_stops_all(flags, tmp_path, name):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--batch_size=5", "5 x 32 x 2 = 320; nearest: --tokens_per_step=320 or 640"),
+        ("--tokens_per_step=352", "11 windows of 32 tokens, which 2 processes"),
         pytest.param("--max_skipped=0", "must be at least 1", marks=pytest.mark.slow),
         pytest.param("--device=cuda:1", "choose GPUs by", marks=pytest.mark.slow),
     ],
@@ -346,7 +347,7 @@ def test_shards_hold_what_a_file_holds(in_shards, whole):
         b = checkpoint.load(whole / f"{name}.pt")
         assert a.keys() == b.keys()
         assert all(a[k] == b[k] for k in ("iter_num", "model_args", "tokenizer", "data"))
-        theirs = checkpoint.clean_state_dict(a["model"])
+        theirs = easygpt.clean_state_dict(a["model"])
         torch.testing.assert_close(theirs, dict(b["model"]), rtol=1e-5, atol=1e-5)
         assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
         for i, states in b["optimizer"]["state"].items():
@@ -368,7 +369,7 @@ def end_of(out):
     folder = out / "ckpt_50.shards"
     if folder.exists():
         state = checkpoint.load(folder)
-        state["model"] = checkpoint.clean_state_dict(state["model"])
+        state["model"] = easygpt.clean_state_dict(state["model"])
         checkpoint.save(out / "ckpt_50.pt", state)
     return out
 
@@ -395,7 +396,8 @@ def test_a_file_resumed_in_parts(on_two, flags, tmp_path):
 
 
 WRITTEN = """
-import signal, sharded
+import signal
+from formats import sharded
 real = sharded.Writer.written
 def written(self, folder, tensors):
     if os.environ["RANK"] == "1" and folder.name.startswith("ckpt_{step}"):
@@ -445,23 +447,29 @@ def test_a_new_run_from_parts_with_a_smaller_context(in_shards, flags, tmp_path)
 
 
 PEAK = """
-import json, torch, distributed, memory, planner, runtime
+import json, torch
+from run import parallel
+from run import team
+from plan import memory
+from plan import report
+from run import machine
 from torch.profiler import ProfilerActivity, profile
-from model import GPT, GPTConfig, configure_optimizer
-team, found = distributed.join(5), []
+from model import GPT, GPTConfig
+from run.optim import configure_optimizer
+team, found = team.join(5), []
 size = GPTConfig(vocab_size=1024, hidden_size=128, intermediate_size=320, num_hidden_layers=8,
     num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=64)
 for dtype in (torch.float32, torch.bfloat16):
     for micro in (1, 3):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             model = GPT(size)
-            distributed.shard(model, model.layers, team, torch.device("cpu"), dtype, False)
+            parallel.shard(model, model.layers, team, torch.device("cpu"), dtype, False)
             optimizer = configure_optimizer(model, 1e-3, (0.9, 0.95), 0.1)
             for _ in range(3):
                 for i in range(micro):
                     x = torch.randint(1024, (2, 64))
-                    distributed.set_sync(model, i == micro - 1, micro == 1)
-                    with runtime.autocast(torch.device("cpu"), dtype):
+                    parallel.set_sync(model, i == micro - 1, micro == 1)
+                    with machine.autocast(torch.device("cpu"), dtype):
                         loss = model(x, x, loss_only=True)[1]
                     loss.backward()
                 optimizer.step()
@@ -472,7 +480,7 @@ for dtype in (torch.float32, torch.bfloat16):
             live += e.nbytes()
             lives.append(live)
         training = memory.Training(size, dtype, "cpu", False, False, micro > 1)
-        planned = planner.fsdp_peak(training, 2, 2 * micro, team.ranks)
+        planned = report.fsdp_peak(training, 2, 2 * micro, team.ranks)
         found.append(max(lives[2 * len(lives) // 3 :]) / planned)
 if team.rank == 0:
     print("FOUND", json.dumps(found))

@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import checkpoint
-import hf
-import pretrained
-from dataloader import TokenData, eval_batches
+from formats import checkpoint, hf, pretrained, rebuild
 from model import GPT, GPTConfig
-from tokenizer import get_tokenizer
+from text.batches import eval_batches
+from text.tokenizer import get_tokenizer
+from text.tokens import TokenData
 
 BYTES = {"name": "bytes", "vocab_size": 257, "json": None}
 PROMPT = "Some text é 世界"
@@ -94,7 +93,7 @@ def their_tokenizer(folder, **more):
 
 
 def imported(name):
-    return checkpoint.load_model(*hf.load(f"hf:{name}"))
+    return rebuild.load_model(*hf.load(f"hf:{name}"))
 
 
 def ids_for(model, length=50, vocab_size=257):
@@ -875,7 +874,7 @@ def test_easygpts_key_names(export, tmp_path):
     wanted += " num_attention_heads num_hidden_layers num_key_value_heads rope_theta vocab_size"
     assert sorted(state["model_args"]) == wanted.split()
     x = ids_for(ours)
-    back = checkpoint.load_model(path, state)
+    back = rebuild.load_model(path, state)
     assert_close(back(x, x)[0], ours(x, x)[0][..., :257], 1e-6)
 
 

@@ -21,8 +21,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-import checkpoint
-import runtime
+from formats import checkpoint, listing
+from run import folder
+from run.health import is_spike
 
 if hasattr(signal, "SIGHUP"):  # nohup pytest: the runs would inherit it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -135,7 +136,7 @@ def test_a_signal_saves_and_says_how_to_go_on(slow_run, tmp_path, whole, name):
     code, text, err = finish(process)
     assert code == 128 + getattr(signal, name) and err == ""
     assert f"stopped by {name}" in text and "--init_from=resume" in text
-    newest = checkpoint.steps_saved(out)[0][0]
+    newest = listing.steps_saved(out)[0][0]
     assert max(losses(out)) == newest - 1, "the last completed update is saved"
     must(start([*slow_run, "--init_from=resume"]))
     assert_whole(out, whole)
@@ -148,7 +149,7 @@ def test_a_signal_under_torchrun_exits_with_0(slow_run, tmp_path):
     wait_for(tmp_path / "out" / "ckpt_5.pt")
     process.send_signal(signal.SIGTERM)
     assert "stopped by SIGTERM" in must(process)
-    assert checkpoint.steps_saved(tmp_path / "out")[0][0] >= 5
+    assert listing.steps_saved(tmp_path / "out")[0][0] >= 5
 
 
 @posix
@@ -169,14 +170,14 @@ def test_a_worker_whose_torchrun_was_killed_saves_and_ends(slow_run, tmp_path):
     while (out / ".lock").read_text(encoding="utf-8") and time.monotonic() < end:
         time.sleep(0.05)
     assert "stopped by the end of torchrun" in (tmp_path / "out.txt").read_text(encoding="utf-8")
-    assert checkpoint.steps_saved(out)[0][0] == max(losses(out)) + 1
+    assert listing.steps_saved(out)[0][0] == max(losses(out)) + 1
 
 
-SLOW_BATCH = "import dataloader, time; f = dataloader.TrainLoader.batch\n" + (
-    "dataloader.TrainLoader.batch = lambda *a: (time.sleep(0.2), f(*a))[1]"
+SLOW_BATCH = "import time; from text import batches; f = batches.TrainLoader.batch\n" + (
+    "batches.TrainLoader.batch = lambda *a: (time.sleep(0.2), f(*a))[1]"
 )
-SLOW_EVALUATION = "import dataloader, time; f = dataloader.split_windows\n" + (
-    "dataloader.split_windows = lambda *a: (time.sleep(0.2), f(*a))[1]"
+SLOW_EVALUATION = "import time; from text import batches; f = batches.split_windows\n" + (
+    "batches.split_windows = lambda *a: (time.sleep(0.2), f(*a))[1]"
 )
 
 
@@ -201,7 +202,8 @@ def test_a_signal_stops_within_a_step_and_within_an_evaluation(tiny, tmp_path, s
 
 @posix
 def test_a_second_signal_ends_at_once(tiny, tmp_path):
-    stuck = "import checkpoint, time; checkpoint.save = lambda *a: time.sleep(600)"
+    stuck = "import time; from formats import checkpoint; f = time.sleep; "
+    stuck += "checkpoint.save = lambda *a: f(600)"
     process = start(tiny, stuck)
     wait_for(tmp_path / "out" / "config.json")
     time.sleep(0.5)
@@ -248,7 +250,7 @@ def test_a_closed_terminal(slow_run, tmp_path, whole, nohup):
     if nohup:
         assert code == 0
     else:
-        assert code == 129 and max(losses(out)) == checkpoint.steps_saved(out)[0][0] - 1
+        assert code == 129 and max(losses(out)) == listing.steps_saved(out)[0][0] - 1
         must(start([*slow_run, "--init_from=resume"]))
     assert_whole(out, whole)
 
@@ -256,13 +258,13 @@ def test_a_closed_terminal(slow_run, tmp_path, whole, nohup):
 @posix
 def test_a_hung_data_source_ends_the_run(slow_run, tmp_path, whole):
     """A read from a dead network drive returns never, and no signal reaches the main thread."""
-    hang = "import dataloader, time; f = dataloader.TrainLoader.batch\n" + (
-        "dataloader.TrainLoader.batch = lambda self, step, *a: "
+    hang = "import time; from text import batches; f = batches.TrainLoader.batch\n" + (
+        "batches.TrainLoader.batch = lambda self, step, *a: "
         "(time.sleep(600 if step == 33 else 0), f(self, step, *a))[1]"
     )
     code, _, err = finish(start([*slow_run, "--watchdog_minutes=0.1"], hang))
     assert code == 1 and "Timeout" in err and "train.py" in err, err
-    assert checkpoint.steps_saved(tmp_path / "out")[0][0] == 30
+    assert listing.steps_saved(tmp_path / "out")[0][0] == 30
     must(start([*slow_run, "--init_from=resume"]))
     assert_whole(tmp_path / "out", whole)
 
@@ -289,7 +291,7 @@ def test_a_data_file_that_is_cut_short_meanwhile(slow_run, tmp_path, dataset, wh
     wait_for(tmp_path / "out" / "ckpt_5.pt")
     os.truncate(folder / "train.bin", 10_000)
     refused(process, "train.bin was cut short", "updates so far are saved", "--init_from=resume")
-    newest = checkpoint.steps_saved(tmp_path / "out")[0][0]
+    newest = listing.steps_saved(tmp_path / "out")[0][0]
     assert newest >= 5 and max(losses(tmp_path / "out")) == newest - 1
     shutil.copy(dataset / "train.bin", folder)
     must(start([*flags, "--init_from=resume"]))
@@ -301,13 +303,13 @@ def test_a_record_that_does_not_fit_takes_no_other_with_it(tmp_path):
     code = """
 import pathlib, resource, sys
 sys.path.insert(0, sys.argv[1])
-import runlog
+from run import records
 path, (_, hard) = pathlib.Path(sys.argv[2]), resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-print([bool(runlog.add_record(path, {"iter": i, "text": "x" * 20})) for i in range(4)])
+print([bool(records.add_record(path, {"iter": i, "text": "x" * 20})) for i in range(4)])
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-print(runlog.add_record(path, {"iter": 9}))
-print([r["iter"] for r in runlog.read_records(path)])
+print(records.add_record(path, {"iter": 9}))
+print([r["iter"] for r in records.read_records(path)])
 """
     command = [sys.executable, "-c", code, str(ROOT), str(tmp_path / "metrics.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -317,7 +319,7 @@ print([r["iter"] for r in runlog.read_records(path)])
 def test_time_limit_saves_and_stops(tiny, tmp_path):
     text = must(start([*tiny, "--max_iters=100000", "--time_limit=0.15"]))
     assert "stopped by time_limit=0.15" in text and "--init_from=resume" in text
-    newest = checkpoint.steps_saved(tmp_path / "out")[0][0]
+    newest = listing.steps_saved(tmp_path / "out")[0][0]
     assert 0 < newest < 100000 and max(losses(tmp_path / "out")) == newest - 1
 
 
@@ -328,7 +330,7 @@ def kill_and_resume(flags, out, kills, rng, longest):
     """Kill the run at random moments until it ends by itself; how often it was killed."""
     done = 0
     for _ in range(40 + 3 * kills):
-        resume = ["--init_from=resume"] if checkpoint.steps_saved(out) else ["--overwrite=True"]
+        resume = ["--init_from=resume"] if listing.steps_saved(out) else ["--overwrite=True"]
         process = start([*flags, *resume])
         with contextlib.suppress(subprocess.TimeoutExpired):
             if done < kills:
@@ -356,7 +358,7 @@ def test_sigkill_and_flipped_bytes_30_times(slow_run, tmp_path, whole):
     out = tmp_path / "out"
     for _ in range(30):
         kill_and_resume(slow_run, out, 1, rng, 5.0)
-        saved = checkpoint.steps_saved(out)
+        saved = listing.steps_saved(out)
         if len(saved) > 1:  # damage the newest: the one before must do
             data = bytearray(saved[0][1].read_bytes())
             for _ in range(20):
@@ -444,7 +446,7 @@ def test_dying_while_a_checkpoint_is_written(slow_run, tmp_path, whole, left):
     """nanoGPT is left with the first bytes of its only checkpoint."""
     out = tmp_path / "out"
     assert finish(start(slow_run, DIE_WRITING.format(left=left)))[0] == 9
-    assert list(out.glob("*.pt.tmp")) and [s for s, _ in checkpoint.steps_saved(out)] == [5, 0]
+    assert list(out.glob("*.pt.tmp")) and [s for s, _ in listing.steps_saved(out)] == [5, 0]
     must(start([*slow_run, "--init_from=resume"]))
     assert_whole(out, whole)
 
@@ -535,7 +537,7 @@ def test_the_disk_check_counts_milestones(script, tiny, used, monkeypatch):
 
 def test_a_best_checkpoint_that_cannot_be_written_is_not_forgotten(tiny, tmp_path):
     """Worse ones may not stand in for it, and later better ones must be written."""
-    full = "import checkpoint; f = checkpoint.save\ndef save(path, state):\n" + (
+    full = "from formats import checkpoint; f = checkpoint.save\ndef save(path, state):\n" + (
         "    if path.name == 'best.pt' and state['iter_num'] == 6: raise OSError('disk full')\n"
         "    f(path, state)\ncheckpoint.save = save"
     )
@@ -550,10 +552,10 @@ def test_a_best_checkpoint_that_cannot_be_written_is_not_forgotten(tiny, tmp_pat
 def test_checkpoints_by_time_and_milestones(script, tiny, tmp_path):
     flags = ["--eval_interval=1000", "--max_iters=20", "--milestone_interval=5"]
     assert script("train.py", *tiny, *flags).code == 0
-    assert [s for s, _ in checkpoint.steps_saved(tmp_path / "out")] == [20, 15, 10, 5]
+    assert [s for s, _ in listing.steps_saved(tmp_path / "out")] == [20, 15, 10, 5]
     flags = ["--eval_interval=1000", "--checkpoint_minutes=1e-9", "--overwrite=True"]
     assert script("train.py", *tiny, *flags, "--keep_last=9").code == 0
-    assert len(checkpoint.steps_saved(tmp_path / "out")) == 9
+    assert len(listing.steps_saved(tmp_path / "out")) == 9
 
 
 # --- memory
@@ -643,7 +645,7 @@ def test_a_loss_that_stays_nan_ends_the_run(tiny, tmp_path):
     assert text.count("left out, not finite: loss nan") == 3
     report = json.loads((out / "bad_step.json").read_text(encoding="utf-8"))
     assert report["iter"] == 9 and len(report["windows"]) == 8
-    last = checkpoint.steps_saved(out)[0][1]
+    last = listing.steps_saved(out)[0][1]
     assert all(bool(t.isfinite().all()) for t in weights(last).values())
     must(start([*tiny, "--init_from=resume"]))
 
@@ -656,9 +658,6 @@ def test_a_checkpoint_with_bad_weights_is_never_written(tmp_path):
 
 
 def test_loss_spikes_are_left_out_when_asked(script, tiny, tmp_path):
-    import runpy
-
-    is_spike = runpy.run_path(str(ROOT / "train.py"))["is_spike"]
     calm = [3.0 + 0.01 * (i % 7) for i in range(100)]
     assert is_spike(4.0, calm, 6.0) and not is_spike(3.05, calm, 6.0)
     assert not is_spike(4.0, calm, 0.0) and not is_spike(4.0, calm[:50], 6.0)
@@ -686,12 +685,12 @@ def test_two_runs_in_one_folder(slow_run, tiny, tmp_path):
 
 
 def test_a_lock_is_given_back(tmp_path):
-    assert runtime.lock_folder(tmp_path) == ""
+    assert folder.lock(tmp_path) == ""
     with pytest.raises(ValueError, match=f"pid {os.getpid()}"):
-        runtime.lock_folder(tmp_path)
-    runtime.unlock_folders()
-    assert runtime.lock_folder(tmp_path) == ""
-    runtime.unlock_folders()
+        folder.lock(tmp_path)
+    folder.unlock()
+    assert folder.lock(tmp_path) == ""
+    folder.unlock()
 
 
 @posix
@@ -700,7 +699,7 @@ def test_a_file_system_without_locks(tiny, tmp_path):
     none = "import fcntl\ndef flock(*a): raise OSError(37, 'No locks available')\n"
     text = must(start([*tiny, "--max_iters=2"], none + "fcntl.flock = flock"))
     assert "cannot be locked (No locks available)" in text
-    assert checkpoint.steps_saved(tmp_path / "out")[0][0] == 2
+    assert listing.steps_saved(tmp_path / "out")[0][0] == 2
 
 
 def test_a_used_folder_is_not_overwritten(slow_run, used, whole):
@@ -816,8 +815,8 @@ def test_hurt_data_is_known_before_the_run(tiny, tmp_path, dataset, hurt, words)
         (["--init_from=resume"], ["no checkpoint", "python train.py"]),
         (["--init_from=nowhere.pt"], ["no checkpoint nowhere.pt"]),
         (["--device=cuda:7"], ["cuda:7", "--device=auto"]),
-        (["--batch_size=3"], ["tokens_per_step=256", "192 or 288"]),
-        (["--eval_iters=0", "--beta1=-1"], ["eval_iters must be at least 1", "beta1"]),
+        (["--tokens_per_step=250"], ["tokens_per_step=250", "224 or 256"]),
+        (["--eval_windows=0", "--beta1=-1"], ["eval_windows must be at least 1", "beta1"]),
     ],
 )
 def test_mistakes_cost_a_line_and_no_work(tiny, tmp_path, flags, words):
@@ -851,7 +850,7 @@ def test_nan_weights_are_called_so(tmp_path, whole_out):
 
 @posix
 def test_ctrl_c_while_sampling_keeps_the_text(whole_out):
-    slow = "import sampling, time; f = sampling.next_token\n"
+    slow = "import time; from making import sampling; f = sampling.next_token\n"
     slow += "sampling.next_token = lambda *a: (time.sleep(0.05), f(*a))[1]"
     flags = [f"--out_dir={whole_out}", "--start=the cat", "--device=cpu", "--max_new_tokens=10000"]
     process = start(flags, slow, script="sample.py")
@@ -943,4 +942,4 @@ def test_a_disk_full_of_log_stops_no_run(tiny, tmp_path):
     with open("/dev/full", "w") as full:
         args = [sys.executable, str(ROOT / "train.py"), *tiny]
         done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert checkpoint.steps_saved(tmp_path / "out")[0][0] == 12, done.stderr
+    assert listing.steps_saved(tmp_path / "out")[0][0] == 12, done.stderr

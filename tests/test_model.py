@@ -8,19 +8,19 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 import model as model_file
+from making.sampling import left_pad, next_token, stream, window_start
 from model import (
     GPT,
     IGNORE_INDEX,
     CrossEntropy,
     GPTConfig,
     apply_rope,
-    choose_attention,
-    configure_optimizer,
-    flops_per_token,
     num_parameters,
     rope_tables,
 )
-from sampling import left_pad, next_token, stream, window_start
+from run.cost import flops_per_token
+from run.machine import choose_attention
+from run.optim import configure_optimizer
 
 SIZES = {
     "no gqa": dict(num_attention_heads=4, num_key_value_heads=4, head_dim=16, hidden_size=64),
@@ -341,7 +341,7 @@ def test_filters_equal_transformers(name):
     torch.manual_seed(0)
     logits, ids = torch.randn(4, 50) * 3, torch.randint(50, (4, 9))
     seen = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, ids, True)
-    import sampling as ours
+    from making import sampling as ours
 
     mine, theirs = {
         "top_k": (ours.keep_top_k(logits, 7), generation.TopKLogitsWarper(7)),

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import memory
-import planner
-import runtime
-from memory import Training
-from model import GPT, GPTConfig, configure_optimizer, num_parameters
+from model import GPT, GPTConfig, num_parameters
+from plan import memory, report
+from plan.memory import Training
+from run import cards, machine
+from run.optim import configure_optimizer
 
 SIZE = GPTConfig(
     vocab_size=1024,
@@ -28,16 +28,16 @@ DRY = replace(SIZE, vocab_size=320, num_hidden_layers=2)  # what the dry runs be
 
 def measured(training, batch):
     """Peak bytes of live CPU tensors in a second update of two micro-steps."""
-    model = GPT(training.size)
+    model = GPT(training.config)
     model.activation_checkpointing = training.checkpointing
     optimizer = configure_optimizer(model, 1e-3, (0.9, 0.95), 0.1)
 
     def update():
         for _ in range(2 if training.accumulates else 1):
             x = torch.randint(
-                0, training.size.vocab_size, (batch, training.size.max_position_embeddings)
+                0, training.config.vocab_size, (batch, training.config.max_position_embeddings)
             )
-            with runtime.autocast(torch.device("cpu"), training.dtype):
+            with machine.autocast(torch.device("cpu"), training.dtype):
                 loss = model(x, x, loss_only=True)[1]
             loss.backward()
             loss = loss.detach()
@@ -102,18 +102,18 @@ def test_memory_grows_with_batch_and_never_with_checkpointing():
 
 def test_the_smallest_change_that_fits():
     training = Training(SIZE, torch.float32, "cpu", False, False, True)
-    full = planner.peak(training, 8, 24)
-    assert planner.smallest_change(training, 8, 24, full) == ""
-    assert planner.smallest_change(training, 8, 24, full - 1) == "--batch_size=6"
-    one = planner.peak(training, 1, 24)
-    change = planner.smallest_change(training, 8, 24, one - 1)
+    full = report.peak(training, 8, 24)
+    assert report.smallest_change(training, 8, 24, full) == ""
+    assert report.smallest_change(training, 8, 24, full - 1) == "--batch_size=6"
+    one = report.peak(training, 1, 24)
+    change = report.smallest_change(training, 8, 24, one - 1)
     assert change.startswith("--activation_checkpointing=True --batch_size=")
     assert "num_hidden_layers" not in change
-    least = planner.peak(replace(training, checkpointing=True), 1, 24)
-    less = planner.smallest_change(training, 8, 24, least - 1)
+    least = report.peak(replace(training, checkpointing=True), 1, 24)
+    less = report.smallest_change(training, 8, 24, least - 1)
     assert "--num_hidden_layers=" in less
-    assert "smaller hidden_size" in planner.smallest_change(training, 8, 24, 1000)
-    assert planner.peak(training, 8, 24) == full  # asking changes no answer
+    assert "smaller hidden_size" in report.smallest_change(training, 8, 24, 1000)
+    assert report.peak(training, 8, 24) == full  # asking changes no answer
 
 
 @pytest.mark.parametrize(
@@ -122,21 +122,21 @@ def test_the_smallest_change_that_fits():
     + [("A100-80GB", "A100 80GB", 80), ("NVIDIA GeForce RTX 4090", "RTX 4090", 24)],
 )
 def test_cards_by_name(name, found, gib):
-    card = planner.find_card(name)
+    card = cards.find_card(name)
     assert (card.name, card.memory) == (found, gib)
 
 
 def test_every_card_has_a_peak_and_other_names_are_refused():
-    assert all(card.peak > 1e13 for card in planner.CARDS)
-    assert all(planner.find_card(n) is None for n in ("auto", "cpu", "mps", "cuda", "cuda:1"))
+    assert all(card.peak > 1e13 for card in cards.CARDS)
+    assert all(cards.find_card(n) is None for n in ("auto", "cpu", "mps", "cuda", "cuda:1"))
     with pytest.raises(ValueError, match=r"RTX9999.*RTX3090"):
-        planner.find_card("RTX9999")
+        cards.find_card("RTX9999")
 
 
 def test_the_reference_run_takes_its_90_hours():
     """22.7k tokens/s on an RTX 3090 is the only reported speed; the plan must give it back."""
-    (line, speed) = planner.time_lines(
-        1.04223e15 / (planner.find_card("RTX3090").mfu * 71e12), 491520, 1.04223e15, 15000, "so"
+    (line, speed) = report.time_lines(
+        1.04223e15 / (cards.find_card("RTX3090").mfu * 71e12), 491520, 1.04223e15, 15000, "so"
     )
     assert 89 < float(line.split()[1]) < 91
     assert 22_500 < float(speed.split()[0].replace(",", "")) < 22_900
@@ -144,11 +144,11 @@ def test_the_reference_run_takes_its_90_hours():
 
 def test_ring_all_reduce():
     """Two cards send all bytes once; many cards, twice; the slowest link counts."""
-    card = planner.Card("RTX 3090", 24, link=10e9, network=1e9)
-    assert planner.ring_seconds(1e9, 1, card) == 0
-    assert planner.ring_seconds(1e9, 2, card) == pytest.approx(0.1)
-    assert planner.ring_seconds(1e9, 8, card) == pytest.approx(0.175)
-    assert planner.ring_seconds(1e9, 64, card) == pytest.approx(2 * 63 / 64)
+    card = cards.Card("RTX 3090", 71.0, 24, link=10e9, network=1e9)
+    assert report.ring_seconds(1e9, 1, card) == 0
+    assert report.ring_seconds(1e9, 2, card) == pytest.approx(0.1)
+    assert report.ring_seconds(1e9, 8, card) == pytest.approx(0.175)
+    assert report.ring_seconds(1e9, 64, card) == pytest.approx(2 * 63 / 64)
 
 
 DRY_RUN = [f"--{name}={value}" for name, value in asdict(DRY).items()]
@@ -177,8 +177,8 @@ def test_dry_run_without_data_for_a_card_that_is_not_here(script, tmp_path):
 
 
 def test_a_dry_run_that_does_not_fit_says_what_does(script, tmp_path, monkeypatch):
-    room = planner.peak(Training(DRY, torch.bfloat16, "cuda", False, False, True), 2, 16)
-    monkeypatch.setattr(planner, "RESERVE", {"cuda": 24 * planner.GIB - room})
+    room = report.peak(Training(DRY, torch.bfloat16, "cuda", False, False, True), 2, 16)
+    monkeypatch.setattr(report, "RESERVE", {"cuda": 24 * report.GIB - room})
     args = [*DRY_RUN, f"--dataset={tmp_path}/none", f"--out_dir={tmp_path}/out", "--device=RTX3090"]
     seen = script("train.py", *args)
     assert seen.code == 1

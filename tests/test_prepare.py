@@ -1,13 +1,17 @@
 """data/prepare.py against nanoGPT's recipe, and back through the loader."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from dataloader import TokenData
-from tokenizer import get_tokenizer
+from data import prepare, sources
+from text.tokenizer import get_tokenizer
+from text.tokens import TokenData
 
 TEXTS = [f"Document {i}: " + "word " * (i % 7) + "don't.\n" for i in range(301)] + ["", "世界 🙂"]
 
@@ -222,7 +226,98 @@ def test_data_and_train_agree_on_the_folder():
     """EasyGPT prepared data/*.bin and trained on data/openwebtext/*.bin."""
     import runpy
 
-    prepare = runpy.run_path(str(ROOT / "data" / "prepare.py"))
     train = runpy.run_path(str(ROOT / "train.py"))
-    assert prepare["source"].split("/")[-1] == train["dataset"] == "openwebtext"
-    assert prepare["ROOT"] == train["ROOT"] == ROOT
+    assert prepare.source.split("/")[-1] == train["dataset"] == "openwebtext"
+    assert prepare.dataset_name() == train["dataset"]
+    folder = ROOT / "data" / "openwebtext"
+    assert prepare.dataset_folder("openwebtext") == train["dataset_folder"]("openwebtext") == folder
+
+
+def test_importing_the_script_does_nothing(tmp_path):
+    """Nor does making token files wait for torch."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); before = [*sys.path], [*sys.argv]\n"
+        "import data.prepare\n"
+        "assert before == (sys.path, sys.argv) and 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), "--source=nothing"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not [*tmp_path.iterdir()]
+
+
+def write_two_files(folder):
+    """A source of two parts, for two worker processes."""
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", TEXTS[:200])
+    write_parquet(folder / "b.parquet", TEXTS[200:])
+    return folder
+
+
+@pytest.mark.parametrize("way", ["elsewhere", "link", "module", "library path"])
+def test_every_way_to_start_it_finds_the_project(tmp_path, way):
+    """From a folder whose files are called as the project's are, and in worker processes, too."""
+    here = tmp_path / "here"
+    for name in ("data", "run", "text"):
+        (here / name).mkdir(parents=True)
+    for name in ("sources.py", "workers.py", "configurator.py", "data/sources.py"):
+        (here / name).write_text("raise SystemExit('the wrong one')", encoding="utf-8")
+    command, env = [str(ROOT / "data" / "prepare.py")], {**os.environ, "PYTHONPATH": ""}
+    if way == "link":
+        try:
+            (here / "p.py").symlink_to(command[0])
+        except OSError:
+            pytest.skip("no links here")
+        command = ["p.py"]
+    elif way == "module":
+        command = ["-m", "data.prepare"]
+    elif way == "library path":
+        command, env["PYTHONPATH"] = ["-m", "data.prepare"], str(ROOT)
+    source = write_two_files(tmp_path / "src")
+    flags = [f"--source={source}", f"--dataset={tmp_path / 'out'}", "--num_proc=2"]
+    done = subprocess.run(
+        [sys.executable, *command, *flags, "--tokenizer=bytes"],
+        cwd=ROOT if way == "module" else here,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert sorted(documents(out, "train") + documents(out, "val")) == sorted(TEXTS)
+
+
+def test_the_users_home_is_a_tilde(script, tmp_path, monkeypatch, trained_json):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    write_two_files(tmp_path / "src")
+    (tmp_path / "tok.json").write_text(trained_json, encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for source in ("~/src", "~/src/*"):
+        flags = [f"--source={source}", "--dataset=~/made/out", "--tokenizer=~/tok.json"]
+        result = script("data/prepare.py", *flags, "--num_proc=1", "--overwrite=True")
+        assert result.code == 0, result.err
+        out = tmp_path / "made" / "out"
+        assert sorted(documents(out, "train") + documents(out, "val")) == sorted(TEXTS)
+    assert script("data/prepare.py", "--dataset=~/made/out", "--verify=True").code == 0
+    assert not [*(tmp_path / "elsewhere").iterdir()]
+
+
+def test_ctrl_c_says_how_to_go_on(script, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    write_jsonl(tmp_path / "a.jsonl")
+    flags = [f"--source={tmp_path / 'a.jsonl'}", f"--dataset={tmp_path / 'out'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "documents", interrupted)
+        result = script("data/prepare.py", *flags)
+    assert result.code == 130
+    assert result.err == "prepare.py: interrupted; the same command goes on from here\n"
+    assert sorted(p.name for p in (tmp_path / "out" / "parts").iterdir()) == ["plan.json"]
+    assert script("data/prepare.py", *flags).code == 0

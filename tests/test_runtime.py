@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import runtime
+from making import compiled
+from making.int8 import quantize
 from model import GPT, GPTConfig
-from quantization import quantize
+from run import cards
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,8 @@ from quantization import quantize
 )
 def test_cards_are_known_by_their_whole_name(card, tflops):
     """A laptop's card has the number of a faster one in its name, a T400 that of a T4."""
-    assert runtime.PEAK_TFLOPS.get(runtime.short_name(card)) == tflops
+    name = cards.short_name(card)
+    assert next((c.tflops for c in cards.CARDS if cards.short_name(c.name) == name), None) == tflops
 
 
 @pytest.mark.parametrize("kind", ["tied", "int8"])
@@ -42,7 +44,7 @@ def test_a_model_moves_to_large_pages_unchanged(kind):
         quantize(model)
     idx = torch.arange(9)[None]
     logits, before = model(idx)[0], copy.deepcopy(model.state_dict())
-    runtime.use_huge_pages(model)
+    compiled.use_huge_pages(model)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[k], before[k]) for k in before)
@@ -61,7 +63,7 @@ def test_a_tensor_that_is_not_on_a_cpu_stays_where_it_is():
     model = torch.nn.Linear(8, 8)
     model.weight = torch.nn.Parameter(torch.empty(8, 8, device="meta"))
     bias = model.bias.clone()
-    runtime.use_huge_pages(model)
+    compiled.use_huge_pages(model)
     assert model.weight.is_meta and torch.equal(model.bias, bias)
 
 
@@ -69,5 +71,5 @@ def test_a_system_without_large_pages_keeps_the_model_where_it_is(monkeypatch):
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     model = torch.nn.Linear(8, 8)
     place = model.weight.data_ptr()
-    runtime.use_huge_pages(model)
+    compiled.use_huge_pages(model)
     assert model.weight.data_ptr() == place

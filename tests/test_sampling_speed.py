@@ -7,11 +7,12 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
-import runtime
-import sampling
+from making import compiled
+from making.compiled import FEW_ROWS, compile_decode, for_few_rows
+from making.int8 import Int8Linear, quantize
+from making.sampling import cache_length, left_pad, stream
 from model import GPT, GPTConfig
-from quantization import Int8Linear, quantize
-from sampling import FEW_ROWS, cache_length, compile_decode, for_few_rows, left_pad, stream
+from run import compiling
 
 SIZE = GPTConfig(
     vocab_size=131,
@@ -69,7 +70,7 @@ def test_cache_lengths_are_few():
     assert all(cache_length(n, 1024) >= n for n in range(1, 1025))
 
 
-@pytest.mark.skipif(runtime.why_not_compile(torch.device("cpu")) != "", reason="no C++ compiler")
+@pytest.mark.skipif(compiling.why_not_compile(torch.device("cpu")) != "", reason="no C++ compiler")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_compiled_text_equals_plain_text(fresh, kind):
     """By inductor itself, with the layers that sample.py takes: logits, and the text in float32."""
@@ -147,7 +148,7 @@ def test_past_the_limit_the_model_is_as_before(fresh, monkeypatch):
         return real(f, backend="eager", **rest)
 
     monkeypatch.setattr(torch, "compile", plainly)
-    monkeypatch.setattr(sampling, "GRAPHS", 2)
+    monkeypatch.setattr(compiled, "GRAPHS", 2)
     m, plain = model(), model()
     with torch._dynamo.config.patch(recompile_limit=2):
         assert [compile_decode(m, length) for length in (128, 192)] == ["", ""]

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-import checkpoint
-import sharded
-from model import GPT, GPTConfig, configure_optimizer
+from formats import checkpoint, easygpt, listing, rebuild, sharded
+from model import GPT, GPTConfig
+from run.optim import configure_optimizer
+from run.saver import Saver
 
 SIZE = GPTConfig(
     vocab_size=131,
@@ -58,9 +59,9 @@ def test_what_is_written_is_read(writer, tmp_path, tied):
     writer.save(tmp_path / "a.shards", writer.copy(state))
     back = checkpoint.load(tmp_path / "a.shards")
     assert ("lm_head.weight" in back["model"]) != tied, "tied weights are there once"
-    assert checkpoint.load_model(tmp_path / "a.shards", back).config == model.config
+    assert rebuild.load_model(tmp_path / "a.shards", back).config == model.config
     for name, weight in state["model"].items():
-        assert torch.equal(checkpoint.clean_state_dict(back["model"], tied)[name], weight)
+        assert torch.equal(easygpt.clean_state_dict(back["model"], tied)[name], weight)
     other, fresh = trained(tie_word_embeddings=tied)
     with torch.no_grad():
         for p in other.parameters():
@@ -232,13 +233,13 @@ def test_large_states_go_into_several_files(writer, tmp_path, monkeypatch):
     sizes = sharded.sizes(tmp_path / "a.shards").values()
     assert len(sizes) > 5 and max(sizes) < 50_000
     back = checkpoint.load(tmp_path / "a.shards")
-    assert checkpoint.load_model(tmp_path / "a.shards", back).config == model.config
+    assert rebuild.load_model(tmp_path / "a.shards", back).config == model.config
 
 
 def test_the_best_of_the_other_kind_goes(writer, tmp_path):
     state = state_of(*trained())
     for shards, name in ((None, "best.pt"), (writer, "best.shards"), (None, "best.pt")):
-        saver = checkpoint.Saver(tmp_path, 1, shards=shards)
+        saver = Saver(tmp_path, 1, parts=shards)
         saver.save_best(state)
         saver.wait()
         assert [p.name for p in tmp_path.iterdir()] == [name] and not saver.unsaid
@@ -262,7 +263,7 @@ def test_killed_between_two_renames(writer, tmp_path, monkeypatch):
         writer.save(best, writer.copy(state_of(model, optimizer, 5)))
     monkeypatch.undo()
     assert not best.exists()
-    checkpoint.tidy(tmp_path)
+    listing.tidy(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["best.shards"]
     assert checkpoint.load(best)["iter_num"] == 3
 

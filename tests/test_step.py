@@ -6,8 +6,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.decomposition import select_decomp_table
 
-from dataloader import TokenData, eval_batches, split_windows
 from model import GPT, GPTConfig
+from text.batches import eval_batches, split_windows
+from text.tokens import TokenData
 
 SIZE = GPTConfig(
     vocab_size=1024,

@@ -13,8 +13,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer
-from tokenizer import GPT2_CACHE_NAMES, StreamDecoder, get_tokenizer
+from text import tokenizer
+from text.tokenizer import GPT2_CACHE_NAMES, StreamDecoder, get_tokenizer
 
 HARD = (
     "Hello world! It's   naïve\n\n\nworld\t42 <|endoftext|> 世界，你好。 🙂👩‍👩‍👧 a\u00a0b \r\n"

@@ -2,17 +2,16 @@
 
 import json
 import math
-import runpy
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
-import checkpoint
-
-TRAIN = runpy.run_path(str(ROOT / "train.py"))
+from formats import checkpoint
+from run.microbatch import largest_divisor, windows_of_rank
+from run.optim import Schedule, make_schedule
+from run.settings import eval_windows
 
 
 def records(tmp_path, key="loss"):
@@ -140,9 +139,9 @@ def test_resume_goes_on_to_the_bit_compiled(script, tiny, tmp_path):
 
 def test_resume_goes_on_to_the_bit_with_a_loss_scale(script, tiny, tmp_path, monkeypatch):
     """float16, which a CPU has no use for: the scale and its counter come back."""
-    import runtime
+    from run import machine
 
-    monkeypatch.setattr(runtime, "select_dtype", lambda *a: (torch.float16, "for this test"))
+    monkeypatch.setattr(machine, "select_dtype", lambda *a: (torch.float16, "for this test"))
     resume_everywhere(script, tiny, tmp_path, [1, 7])
     scaler = checkpoint.load(tmp_path / "copy" / "ckpt_12.pt")["scaler"]
     assert scaler["scale"] > 1 and scaler["_growth_tracker"] > 0
@@ -257,8 +256,30 @@ def test_compile_that_fails_falls_back_to_eager(script, tiny, tmp_path, monkeypa
     assert records(tmp_path) == eager
 
 
+def test_a_text_at_each_evaluation_moves_no_loss(script, tiny, tmp_path):
+    """With dropout, whose random numbers a draw of the run's would shift."""
+    tiny = [*tiny, "--dropout=0.1"]
+    assert script("train.py", *tiny).code == 0
+    plain = records(tmp_path), records(tmp_path, "val_loss")
+    result = script("train.py", *tiny, "--sample_prompt=the cat", "--overwrite=True")
+    assert result.code == 0 and result.out.count("| sample: the cat") == 3
+    assert (records(tmp_path), records(tmp_path, "val_loss")) == plain
+    texts = records(tmp_path, "sample")
+    assert len(texts) == 3 and all(text.startswith("the cat") for text in texts)
+
+
+def test_a_reference_that_is_not_there_is_told_before_any_work(script, tiny, tmp_path):
+    result = script("train.py", *tiny, "--reference=nowhere.jsonl")
+    assert result.code == 1 and "no curve nowhere.jsonl" in result.err
+    assert not (tmp_path / "out").exists()
+    result = script("train.py", *tiny, "--reference=assets/curves/easygpt.jsonl", "--max_iters=1")
+    assert result.code == 0 and "to the reference's 11" in result.out
+
+
 def test_learning_rate_corners():
-    lr_at = TRAIN["lr_at"]
+    def lr_at(step, *schedule):
+        return Schedule(*schedule).at(step)
+
     assert lr_at(0, 1.0, 0.1, 9, 100) == pytest.approx(0.1)
     assert lr_at(8, 1.0, 0.1, 9, 100) == pytest.approx(0.9)
     assert lr_at(9, 1.0, 0.1, 9, 99) == pytest.approx(1.0)
@@ -269,14 +290,35 @@ def test_learning_rate_corners():
     assert rates == sorted(rates, reverse=True)
 
 
-def test_accumulation_names_the_nearest_that_work():
-    accumulation = TRAIN["accumulation"]
-    assert accumulation(491520, 12, 1024, 1) == 40
-    assert accumulation(491520, 12, 1024, 8) == 5
-    with pytest.raises(ValueError, match="499712 or 507904"):
-        accumulation(500000, 8, 1024, 1)
-    with pytest.raises(ValueError, match="8192 or 16384"):
-        accumulation(100, 8, 1024, 1)
+def test_a_try_of_a_few_updates_has_a_short_warm_up(script, tiny):
+    """Of any config: the warm-up is cut to a tenth of the run, and that is said."""
+    assert make_schedule(1.0, 0.1, 800, 20).warmup == 2
+    assert make_schedule(1.0, 0.1, 20, 20).warmup == 20 and make_schedule(1, 0, 5, 0).warmup == 0
+    result = script("train.py", *tiny, "--warmup_iters=50")
+    assert result.code == 0 and "warmup_iters=1, not 50" in result.out
+
+
+def test_the_windows_of_an_update_name_what_works():
+    assert windows_of_rank(491520, 1024, 1) == 480 and windows_of_rank(491520, 1024, 8) == 60
+    with pytest.raises(ValueError, match="499712 or 500736"):
+        windows_of_rank(500000, 1024, 1)
+    with pytest.raises(ValueError, match="1024 or 2048"):
+        windows_of_rank(100, 1024, 1)
+    with pytest.raises(ValueError, match="480 windows .* 7 processes .* 1, 2, 3, 4, 5, 6, 8"):
+        windows_of_rank(491520, 1024, 7)
+
+
+def test_batch_size_is_the_most_windows_at_once(script, tiny):
+    """The largest divisor of an update's windows is taken and said; the tokens stay."""
+    assert [largest_divisor(480, n) for n in (1, 7, 11, 12, 480, 999)] == [1, 6, 10, 12, 480, 480]
+    result = script("train.py", *tiny, "--batch_size=3", "--max_iters=1", "--warmup_iters=0")
+    assert result.code == 0 and "2 x 32 x 4 micro-steps" in result.out
+    assert "batch_size=2, which divides the 8 windows of a rank" in result.out
+
+
+def test_the_windows_of_an_evaluation_do_not_depend_on_the_micro_batch():
+    assert eval_windows({"eval_iters": 0, "eval_windows": 2400, "batch_size": 5}) == 2400
+    assert eval_windows({"eval_iters": 200, "batch_size": 12}) == 2400, "an old checkpoint's"
 
 
 @pytest.mark.parametrize(
@@ -287,9 +329,9 @@ def test_accumulation_names_the_nearest_that_work():
         (["config/nothing.py"], ["config/nothing.py"], 2),
         (["--gradient_accumulation_steps=40"], ["tokens_per_step ="], 2),
         (["--batch_size=0"], ["batch_size must be at least 1"], 1),
-        (["--batch_size=3"], ["tokens_per_step=256", "192 or", "288"], 1),
+        (["--tokens_per_step=250"], ["tokens_per_step=250", "224 or 256"], 1),
         (["--eval_interval=0", "--beta2=1"], ["eval_interval", "beta2"], 1),
-        (["--warmup_iters=50"], ["warmup_iters (50)"], 1),
+        (["--eval_windows=0", "--eval_iters=-1"], ["eval_windows", "eval_iters"], 1),
         (["--min_lr=1"], ["min_lr (1.0)"], 1),
         (["--compile=maybe"], ["compile", "maybe"], 1),
         (["--dtype=bf16"], ["bfloat16", "bf16"], 1),

@@ -168,7 +168,7 @@ class Run(NamedTuple):
         return {r["iter"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
 
     def checkpoint(self, step):
-        import checkpoint
+        from formats import checkpoint
 
         return checkpoint.load(self.folder / f"ckpt_{step}.pt")
 

@@ -87,9 +87,9 @@ class Watch:
     def looking(self):
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        import runlog
+        from run import log
 
-        add, create, scale = runlog.add_record, ShapeEnv.create_symbol, torch.amp.GradScaler.update
+        add, create, scale = log.add_record, ShapeEnv.create_symbol, torch.amp.GradScaler.update
 
         def add_record(path, record):
             if "loss" in record:
@@ -107,7 +107,7 @@ class Watch:
             self.scales.append(scaler.get_scale())
 
         with (
-            mock.patch.object(runlog, "add_record", add_record),
+            mock.patch.object(log, "add_record", add_record),
             mock.patch.object(ShapeEnv, "create_symbol", create_symbol),
             mock.patch.object(torch.amp.GradScaler, "update", update),
         ):
@@ -130,11 +130,11 @@ def planted_inf(at):
 
 def planned(size, dtype, compiled, checkpointing, batch, windows):
     """Bytes of a GPU at the peak of an update of so many windows, batch of them at a time."""
-    import planner
     from model import GPTConfig
+    from plan import report
 
-    training = planner.Training(GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True)
-    return planner.peak(training, batch, windows)
+    training = report.Training(GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True)
+    return report.peak(training, batch, windows)
 
 
 @contextlib.contextmanager
@@ -151,23 +151,23 @@ def short_of_memory(where, fits, windows, size):
         yield
         torch.cuda.set_per_process_memory_fraction(1.0, where)
         return
-    from dataloader import TrainLoader
+    from text.batches import TrainLoader
 
-    read, scale, sizes = TrainLoader.batch, torch.amp.GradScaler.scale, []
+    read, back, sizes = TrainLoader.batch, torch.autograd.backward, []
 
     def batch(loader, step, micro_step, batch_size):
         sizes.append(batch_size)
         return read(loader, step, micro_step, batch_size)
 
-    def scaled(scaler, loss):
-        """Between forward, which has been compiled, and backward."""
+    def backward(*args, **kwargs):
+        """After forward, which has been compiled."""
         if sizes[-1] > fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return scale(scaler, loss)
+        return back(*args, **kwargs)
 
     with (
         mock.patch.object(TrainLoader, "batch", batch),
-        mock.patch.object(torch.amp.GradScaler, "scale", scaled),
+        mock.patch.object(torch.autograd, "backward", backward),
     ):
         yield
 

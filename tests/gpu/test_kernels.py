@@ -8,10 +8,12 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import runtime
-import scoring
-from dataloader import TokenData, TrainLoader, TrainOrder, host_tensor
-from model import GPT, IGNORE_INDEX, GPTConfig, choose_attention
+from making import scoring
+from model import GPT, IGNORE_INDEX, GPTConfig
+from run import cards, machine
+from run.machine import choose_attention
+from text.batches import TrainLoader, TrainOrder, host_tensor
+from text.tokens import TokenData
 
 pytestmark = pytest.mark.gpu
 
@@ -46,14 +48,14 @@ def test_a_device_has_its_number(where):
     """`cuda` without one: torch.cuda.set_device refused it in the thread that reads batches."""
     names = ("auto", "cuda", "cuda:0") if where.type == "cuda" else ("auto", "cpu")
     for name in names:
-        assert runtime.select_device(name) == where, name
+        assert machine.select_device(name) == where, name
 
 
 def test_batches_are_those_of_a_cpu(where, dataset):
     """Many are on their way at once; memory that is used again too early would mix them up."""
     data = TokenData(dataset, "train", 64, 257)
     order = TrainOrder(data.tokens, 64, 64 * 12, 1337)
-    chosen = runtime.select_device(where.type)
+    chosen = machine.select_device(where.type)
 
     def batches(device):
         loader = TrainLoader(data, order, 0, 1, device)
@@ -73,8 +75,8 @@ def test_batches_leave_from_pinned_memory(only_cuda, where):
 
 def test_a_card_is_described(where):
     """A name that nobody has thought of must not stop a run."""
-    assert where.type != "cuda" or "GiB" in runtime.describe(where)
-    peak = runtime.peak_flops(where)
+    assert where.type != "cuda" or "GiB" in machine.describe(where)
+    peak = cards.peak_flops(where)
     assert peak is None or 1e13 < peak < 1e16
     if where.type == "cuda" and "H100" in torch.cuda.get_device_name(where):
         assert peak and peak > 7e14, "the card that is rented most often"
@@ -87,9 +89,9 @@ def test_out_of_memory_is_recognised(where):
     outer = RuntimeError("backend='inductor' raised")
     outer.inner_exception = short.value
     for e in (short.value, outer, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")):
-        assert runtime.is_oom(e)
+        assert machine.is_oom(e)
     for e in (ValueError("out of range"), RuntimeError("CUDA error: device-side assert triggered")):
-        assert not runtime.is_oom(e)
+        assert not machine.is_oom(e)
 
 
 # ---------------------------------------------------------------- attention
@@ -115,7 +117,7 @@ def test_training_runs_flash_attention_without_copies_of_heads(where, key_heads)
     model = GPT(size(16, 4)).to(where)
     assert choose_attention(model, torch.bfloat16) == "flash"
     x = torch.randint(320, (2, 128), device=where)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), runtime.autocast(where, torch.bfloat16):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), machine.autocast(where, torch.bfloat16):
         model(x, x, loss_only=True)[1].backward()
     assert key_heads == [4, 4]
 
@@ -158,7 +160,7 @@ def test_questions_with_several_answers_need_no_score_matrix(where, dtype, heads
     apart = [scoring.Question(together[0].context, [answer]) for answer in together[0].answers]
 
     def score(questions):
-        with runtime.autocast(where, dtype):
+        with machine.autocast(where, dtype):
             return [s.loglikelihood for q in scoring.score(model, questions, 320, 512) for s in q]
 
     with sdpa_kernel(FAST):

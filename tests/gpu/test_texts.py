@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import sampling
-import scoring
-from model import GPT, GPTConfig, choose_attention, configure_optimizer
-from sampling import left_pad
+from formats import checkpoint, pack, rebuild
+from making import compiled, scoring
+from making.sampling import left_pad
+from model import GPT, GPTConfig
+from run.machine import choose_attention
+from run.optim import configure_optimizer
+from run.saver import Saver
 
 pytestmark = pytest.mark.gpu
 
@@ -100,7 +102,7 @@ def test_a_batch_of_different_lengths_is_each_alone(there, prompts, wanted, wher
 
 def test_compiled_texts_are_the_same(there, prompts, wanted, compiler):
     """A compiled token's step that keeps what belongs to an earlier text."""
-    assert sampling.compile_decode(there, 64) == ""
+    assert compiled.compile_decode(there, 64) == ""
     assert torch.equal(texts(there, prompts), wanted)
 
 
@@ -176,7 +178,7 @@ def test_a_checkpoint_is_of_the_step_it_was_asked_at(there, where, tmp_path, mon
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    saver = checkpoint.Saver(tmp_path, keep_last=4)
+    saver = Saver(tmp_path, keep_last=4)
     wanted = []
     for step in range(3):
         for _ in range(2):
@@ -201,8 +203,8 @@ def test_a_checkpoint_is_of_the_step_it_was_asked_at(there, where, tmp_path, mon
     for step, (weights, moments) in enumerate(wanted):
         path = tmp_path / f"ckpt_{step}.pt"
         found = checkpoint.load(path)
-        assert all(not t.is_cuda for t in checkpoint.tensors_in(found))
-        loaded = checkpoint.load_model(path, found).state_dict()
+        assert all(not t.is_cuda for t in pack.tensors_in(found))
+        loaded = rebuild.load_model(path, found).state_dict()
         assert loaded.keys() == weights.keys()
         assert all(torch.equal(loaded[name], t.cpu()) for name, t in weights.items())
         back = found["optimizer"]["state"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from checkpoint import tensors_in
+from formats.pack import tensors_in
 
 from .conftest import BATCH, SIZES, UPDATES, WINDOWS
 from .job import planned

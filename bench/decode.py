@@ -1,0 +1,168 @@
+"""Speed of making text: python bench/decode.py --layers=24 --hidden=1024 --dtype=bfloat16
+
+Greedy text from random weights, on a CPU (24 x 1024 is the reference's shape). sample.py's ways
+stand against transformers' cached generate, other model.py files and, where llama-cpp-python is
+installed, llama.cpp: tokens/s, and the weights read in a second against what memory gives.
+"""
+
+import re
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == "__main__":  # instead of this folder, whose train.py is another
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from torch import Tensor
+
+from bench.decoders import (
+    Decoder,
+    llama_cpp_decoders,
+    our_decoders,
+    peer_decoder,
+    transformers_decoder,
+)
+from bench.models import Shape, loud_model
+from bench.picture import draw_bars
+from bench.rounds import in_turn, median, ratio
+from bench.settings import MODES, check, peers
+from configurator import configure
+from making.compiled import use_huge_pages
+from run import script
+
+# what
+peer = ""  # other model.py files, EasyGPT's or nanoGPT's, with commas between
+mode = "both"  # eager, compiled or both
+dtype = "float32"  # or bfloat16: of the weights
+layers = 6  # blocks of the model
+hidden = 384  # a multiple of 64
+cases = "1x64,1x512,8x64"  # prompts in a batch x tokens of each
+new_tokens = 128  # made after each prompt, at least 2
+# how
+repeats = 3  # rounds
+png = ""  # also draw the tables into this file
+
+
+class Seconds(NamedTuple):
+    """From the prompt to a token."""
+
+    first: float
+    last: float
+
+
+def memory_speed() -> float:
+    """Bytes/s at which this CPU sums up 256 MB in the pages of sample.py's weights; best of ten."""
+    block, times = torch.nn.Module(), []
+    block.data = torch.nn.Buffer(torch.ones(1 << 26))
+    use_huge_pages(block)
+    for _ in range(10):
+        t0 = time.perf_counter()
+        block.data.sum()
+        times.append(time.perf_counter() - t0)
+    return 4 * block.data.numel() / min(times)
+
+
+def compare_texts(decoders: list[Decoder], ids: Tensor, n: int) -> None:
+    """Print how long each one's text is the first one's. What is to be compiled is, by this."""
+    first: list[int] = []
+    for d in decoders:
+        text = list(d.generate(ids, n))
+        first = first or text
+        same = next((i for i, (a, b) in enumerate(zip(text, first, strict=True)) if a != b), n)
+        words = f"tokens as {decoders[0].name}'s before the first other one"
+        print(f"{d.name}: {same} of {n} {words}", flush=True)
+
+
+def time_texts(decoder: Decoder, ids: Tensor, n: int) -> Seconds:
+    """A text of one token and one of n."""
+    t0 = time.perf_counter()
+    decoder.generate(ids, 1)
+    t1 = time.perf_counter()
+    decoder.generate(ids, n)
+    return Seconds(t1 - t0, time.perf_counter() - t1)
+
+
+def print_table(
+    decoders: list[Decoder], times: dict[str, list[Seconds]], rows: int, n: int, top: float
+) -> list[tuple[str, float]]:
+    """Medians of what has been measured, of `rows` texts of n tokens; tokens/s by name.
+
+    top: the bytes/s that memory gives.
+    """
+    print(
+        "| way | first token, s | tokens/s | times transformers | after the first: tokens/s "
+        "| times transformers | MB of weights a step | of memory's speed |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    later = {name: [(t.last - t.first) / (n - 1) for t in mine] for name, mine in times.items()}
+    whole = {name: [t.last for t in mine] for name, mine in times.items()}
+    reference, bars = decoders[0].name, []
+    for d in decoders:
+        if times[d.name]:
+            first = median(t.first for t in times[d.name])
+            speed, step = rows * n / median(whole[d.name]), median(later[d.name])
+            all_times = ratio(whole[reference], whole[d.name])
+            later_times = ratio(later[reference], later[d.name])
+            print(
+                f"| {d.name} | {first:.2f} | {speed:.1f} | {all_times:.2f} | {rows / step:.1f} "
+                f"| {later_times:.2f} | {d.weight_bytes / 1e6:.0f} "
+                f"| {d.weight_bytes / step / top:.0%} |",
+                flush=True,
+            )
+            bars.append((d.name, speed))
+    return bars
+
+
+def measure(
+    decoders: list[Decoder], rows: int, prompt: int, n: int, repeats: int
+) -> list[tuple[str, float]]:
+    """A case: texts, rounds, and the table of what has been measured; tokens/s by name."""
+    print(f"\n{rows} x {prompt} tokens, then {n} new ones", flush=True)
+    top, ids = memory_speed(), torch.randint(0, 50257, (rows, prompt))
+    print(f"memory gives {top / 1e9:.1f} GB/s", flush=True)
+    compare_texts(decoders, ids, n)
+    times: dict[str, list[Seconds]] = {d.name: [] for d in decoders}
+    bars = []
+    try:
+        for turn, name, took in in_turn(
+            {d.name: partial(time_texts, d, ids, n) for d in decoders}, repeats
+        ):
+            times[name].append(took)
+            speed = rows * n / took.last
+            print(f"{turn}  {name}: {took.first:.2f} s, {speed:.1f} tokens/s", flush=True)
+    finally:
+        bars += print_table(decoders, times, rows, n, top)
+    return bars
+
+
+def main() -> None:
+    check(mode, dtype, layers=layers, hidden=hidden, repeats=repeats)
+    if new_tokens < 2 or not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", cases):
+        raise ValueError(
+            "new_tokens must be at least 2, and cases BATCHxPROMPT with commas between, not "
+            f"{new_tokens} and {cases!r}"
+        )
+    shapes = [[int(n) for n in case.split("x")] for case in cases.split(",")]
+    longest = max(prompt for _, prompt in shapes) + new_tokens
+    weights, bars = getattr(torch, dtype), []  # their type
+    model = loud_model(Shape(layers, hidden, 1, max(1024, longest)).config, 6).to(weights)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        decoders = [transformers_decoder(model, folder, weights)]
+        decoders += our_decoders(model, MODES[mode], new_tokens)
+        decoders += [peer_decoder(path, model.config, weights) for path in peers(peer)]
+        decoders += llama_cpp_decoders(model, folder, dtype)
+        for rows, prompt in shapes:
+            fit = [d for d in decoders if d.batches or rows == 1]
+            found = measure(fit, rows, prompt, new_tokens, repeats)
+            bars += [(f"{name}, {rows} x {prompt}", speed) for name, speed in found]
+    draw_bars(png, f"new tokens/s, {layers} layers, hidden {hidden}, {dtype}", bars)
+
+
+if __name__ == "__main__":
+    globals().update(configure(globals()))
+    script.run(main)

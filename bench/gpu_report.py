@@ -1,0 +1,74 @@
+"""The report of bench/gpu.py: results of steps in a JSON file, and the tables made of them."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.gpu_probe import GIB
+from plan.report import RESERVE
+
+Result = dict[str, Any]  # of a step: facts, checks, figures, note; in the file with step, card ...
+
+
+def read_report(path: Path) -> list[Result]:
+    """The results so far. Raises ValueError for a file that is not such a report."""
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not all({"step", "card", "tiny", "figures"} <= set(r) for r in found):
+            raise ValueError("not a list of results")
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path} is no report of this bench ({e}); choose another --report") from e
+    return list(found)
+
+
+def newest(results: Iterable[Result], card: str, tiny: bool) -> dict[int, Result]:
+    """The last result of each step on a card, in the steps' order."""
+    found = {r["step"]: r for r in results if r["card"] == card and r["tiny"] == tiny}
+    return dict(sorted(found.items()))
+
+
+def judge(found: Result) -> tuple[bool | None, str]:
+    """Whether a step passed, None for one that was skipped, and what was missed."""
+    missed = "; ".join(name for name, holds in found["checks"].items() if not holds)
+    if found["note"] or missed:
+        return False, "; ".join(filter(None, (found["note"], missed)))
+    return (True if found["checks"] else None), ""
+
+
+def table(shown: dict[int, Result]) -> Iterator[str]:
+    """The newest results in Markdown; nothing for none."""
+    if not shown:
+        return
+    first = next(iter(shown.values()))
+    versions = {"torch": first["torch"]} | shown.get(0, first)["figures"]
+    known = ("torch", "cuda", "driver", "triton", "transformers")
+    yield ", ".join([first["card"], *(f"{k} {versions[k]}" for k in known if versions.get(k))])
+    yield "\n| step | what | measured | expected | passed | s |\n|---|---|---|---|---|---|"
+    for n, r in shown.items():
+        word = {True: "yes", False: f"**no**: {r['missed']}", None: "skipped"}[r["passed"]]
+        cells = [str(n), r["name"], "; ".join(r["facts"]), "; ".join(r["checks"]), word]
+        yield f"| {' | '.join(c.replace('|', '/') for c in cells)} | {r['seconds']:.0f} |"
+
+
+def memory_table(shown: dict[int, Result]) -> Iterator[str]:
+    """Planned and measured peaks in GiB, and what the planner's reserve should be."""
+    rows = {r["name"]: r["figures"] for r in shown.values() if "planned" in r["figures"]}
+    eager = {name: f.get("peak", f.get("eager_peak")) for name, f in rows.items()}
+    if not any(eager.values()):
+        return
+    yield "| memory, GiB | batch | planned | measured | ratio | context | allocator's gaps |"
+    yield "|---|---|---|---|---|---|---|"
+    beyond = [0.0]
+    for name, f in rows.items():
+        peak, part = eager[name], "" if "peak" in f else "eager_"
+        if peak:
+            rest = f[f"{part}context"], f[f"{part}gaps"]
+            beyond.append(sum(rest) / GIB)
+            sizes = (f["planned"], peak, GIB * peak / f["planned"], *rest)
+            cells = " | ".join(f"{x / GIB:.3f}" for x in sizes)
+            yield f"| {name} | {f.get('batch_size', 1)} | {cells} |"
+    reserve = RESERVE["cuda"] / GIB
+    yield f"\nbeyond live tensors at most {max(beyond):.2f} GiB; the planner reserves {reserve:.2f}"

@@ -1,0 +1,371 @@
+"""The steps of bench/gpu.py, each in a process of its own: python -m bench.gpu_steps NUMBER SETUP
+
+A step tells what it finds as it finds it. The process that starts the others leaves the GPU alone:
+its memory there would count as theirs.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.commands import ROOT
+from bench.decoders import transformers_decoder
+from bench.gpu_probe import (
+    Figures,
+    Setup,
+    card_of,
+    device_of,
+    emit,
+    memory_figures,
+    seconds,
+    shortage,
+)
+from bench.gpu_training import (
+    DEFAULTS,
+    REFERENCE,
+    SMALL,
+    TINY,
+    VOCABULARY,
+    config_of,
+    loss_gap,
+    of_reference,
+    run_train,
+    same_first_loss,
+    settings_for,
+    speed_check,
+    train_config,
+)
+from bench.models import loud_model
+from formats import checkpoint
+from making.compiled import compile_decode
+from making.sampling import cache_length
+from making.scoring import Question, score, sliding
+from model import GPT, GPTConfig
+from run import machine, script
+from run.machine import choose_attention
+
+TOKENS = 122880  # of an update of the reference: 10 micro-steps
+PLANTED = 3  # the update that gets an infinite gradient
+PROFILED = range(6, 9)  # updates
+KERNELS = 15  # of the profile's table
+
+
+def speeds(setup: Setup) -> None:
+    """Versions, the kernel of attention, the speeds of products and of memory."""
+    device, found = device_of(setup), Figures()
+    for name in ("triton", "transformers", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if smi := shutil.which("nvidia-smi"):
+        query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        told = subprocess.run(query, capture_output=True, text=True, encoding="utf-8")
+        found["driver"] = " ".join(told.stdout.split()[:1])
+    emit(**found, cuda=torch.version.cuda, python=sys.version.split()[0], system=sys.platform)
+    model = GPT(GPTConfig(num_hidden_layers=1, vocab_size=64)).to(device)
+    kernel = choose_attention(model, machine.select_dtype("auto", device)[0])
+    emit(f"{kernel} attention", checks={"flash attention": kernel == "flash"}, kernel=kernel)
+    n = 256 if setup.tiny else 8192
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    tflops = 2 * n**3 / min(seconds(device, lambda: a @ a) for _ in range(10)) / 1e12
+    emit(f"{tflops:.4g} TFLOP/s", tflops=tflops)
+    block = torch.zeros(2**20 if setup.tiny else 2**29, device=device, dtype=torch.bfloat16)
+    other = torch.empty_like(block)
+    speed = 2 * block.nbytes / min(seconds(device, lambda: other.copy_(block)) for _ in range(10))
+    emit(f"{speed / 1e9:.4g} GB/s", copy_gb_per_s=speed / 1e9)
+
+
+def gpu_tests(setup: Setup) -> None:
+    """tests/gpu; of a tiny run a part."""
+    if not (ROOT / "tests" / "gpu").is_dir():
+        return emit("skipped: there is no tests/gpu")
+    written = Path(setup.folder, "tests.xml")
+    part = ["tests/gpu/test_kernels.py", "--device=cpu"] if setup.tiny else ["tests/gpu"]
+    command = [sys.executable, "-m", "pytest", *part, f"--junitxml={written}"]
+    subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL)
+    suite = ElementTree.parse(written).getroot().find("testsuite")
+    assert suite is not None
+    n = {k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
+    cases = [(c.get("name"), {e.tag for e in c}) for c in suite.iter("testcase")]
+    bad = [name for name, tags in cases if {"failure", "error"} & tags]
+    failed = n["failures"] + n["errors"]
+    line = f"{n['tests'] - failed - n['skipped']} passed, {failed} failed, {n['skipped']} skipped"
+    emit(line, *map(str, bad[:5]), checks={"none failed": not failed and n["tests"] > 0}, **n)
+
+
+def reference(setup: Setup) -> None:
+    """The reference run's first 30 updates, or as many as there is time for."""
+    f = train_config(setup, "train_gpt", 30, tokens_per_step=TOKENS)
+    emit(checks=speed_check(setup, f, 140e3))
+
+
+def out_of_memory(setup: Setup) -> None:
+    """The reference, uncompiled, where its micro-batch does not fit."""
+    more: Figures = {"tokens_per_step": TOKENS, "compile": "False"}
+    with shortage(device_of(setup)):
+        f = train_config(setup, "train_gpt", 2, fit=False, **more)
+    going = [line for line in f["lines"] if line.startswith("going on with")]
+    emit(*going, checks={"halved": bool(going)} | same_first_loss(setup, f, 0.01))
+
+
+def resume(setup: Setup) -> None:
+    """10 + 10 updates against 20. Deterministic first: cuBLAS reads its variable once."""
+    for kind, deterministic in (("deterministic", True), ("default", False)):
+        more: Figures = {**SMALL, "deterministic": deterministic, "compile": str(deterministic)}
+        whole = settings_for(setup, f"whole {kind}", 20, **more, lr_decay_iters=20)
+        parts = settings_for(setup, f"parts {kind}", 20, **more, lr_decay_iters=20)
+        for settings in (whole, parts | {"max_iters": 10}, parts | {"init_from": "resume"}):
+            run_train(settings, saves=True)
+        a, b = (checkpoint.load_newest(Path(s["out_dir"]))[1]["model"] for s in (whole, parts))
+        equal, gap = all(torch.equal(w, b[k]) for k, w in a.items()), loss_gap(whole, parts)
+        checks = {"the same bits": equal} if deterministic else {"at most 1e-3": gap <= 1e-3}
+        words = f"weights {'the same' if equal else 'NOT the same'} bits"
+        emit(f"{kind}: losses differ by {gap:.1e}, {words}", checks=checks, **{f"{kind}_gap": gap})
+
+
+def uncompiled(setup: Setup) -> None:
+    """The reference without torch.compile."""
+    more: Figures = {"tokens_per_step": TOKENS, "compile": "False"}
+    f = train_config(setup, "train_gpt", 3, **more)
+    emit(checks=same_first_loss(setup, f, 0.02))
+
+
+def recomputed(setup: Setup) -> None:
+    """The reference with activation checkpointing."""
+    more: Figures = {"tokens_per_step": TOKENS, "activation_checkpointing": True}
+    train_config(setup, "train_gpt", 5, 0.1, **more)
+
+
+class Planted:
+    """GradScaler.unscale_ with an infinite gradient in one update."""
+
+    def __init__(self) -> None:
+        self.real = torch.amp.GradScaler.unscale_
+        self.scales: list[float] = []  # of each update
+        self.before = torch.empty(0)
+        self.kept = False  # the weights, by the update
+
+    def unscale(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        """In its place."""
+        p = optimizer.param_groups[0]["params"][1]
+        if len(self.scales) == PLANTED:
+            p.grad.view(-1)[0] = math.inf
+            self.before = p.detach().clone()
+        elif len(self.scales) == PLANTED + 1:
+            self.kept = torch.equal(self.before, p)
+        self.scales.append(scaler.get_scale())
+        self.real(scaler, optimizer)
+
+
+def loss_scaling(setup: Setup) -> None:
+    """float16 with an infinite gradient in one update. A CPU is made to take float16, too."""
+    planted = Planted()
+    taken = mock.patch.object(machine, "select_dtype", lambda *_: (torch.float16, "tried"))
+    settings = settings_for(setup, "out", 10, **SMALL, dtype="float16", compile="False")
+    with (
+        mock.patch.object(torch.amp.GradScaler, "unscale_", lambda *args: planted.unscale(*args)),
+        taken if setup.tiny else contextlib.nullcontext(),
+    ):
+        losses = [r["loss"] for r in run_train(settings)[0]]
+    scales = planted.scales
+    halved = scales[PLANTED + 1] == scales[PLANTED] / 2
+    checks = {"the update is left out": planted.kept, "the scale halves": halved}
+    checks["training goes on"] = losses[-1] < losses[0]
+    emit(f"scales {scales}, loss {losses[0]:.3f} to {losses[-1]:.3f}", checks=checks)
+
+
+def emit_speed(name: str, generate: Callable[[Tensor, int], object], ids: Tensor, n: int) -> None:
+    """Tell the tokens/s of a way to make n tokens after the first, of three texts."""
+    generate(ids, n)  # compiles and warms up
+    whole, first = (
+        statistics.median(seconds(ids.device, partial(generate, ids, k)) for _ in range(3))
+        for k in (n, 1)
+    )
+    figures: Figures = {f"{name}_tokens_per_s": (n - 1) / (whole - first)}
+    emit(*(f"{name} {per_s:.1f} tokens/s" for per_s in figures.values()), **figures)
+
+
+def alike(model: GPT, ids: Tensor, n: int, timed: bool) -> int:
+    """How many of n tokens come before the first in which compiled text differs."""
+    texts, prompt = [], ids.size(1)
+
+    def generate(ids: Tensor, n: int) -> Tensor:
+        return model.generate(ids, n, temperature=0)
+
+    for name in ("eager", "compiled"):
+        if name == "compiled" and (problem := compile_decode(model, prompt + n)):
+            raise ValueError(f"not compiled: {problem}")
+        memory_figures(ids.device, reset=True)
+        if timed:
+            emit_speed(name, generate, ids, n)
+        texts.append(generate(ids, n)[0, prompt:].tolist())
+        if timed:
+            figures: Figures = memory_figures(ids.device)
+            emit(**{f"{name}_{k}": v for k, v in figures.items()})
+    return next((i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b), n)
+
+
+def decode(setup: Setup) -> None:
+    """Greedy text of the reference's shape: speeds in bfloat16, equality in float32."""
+    device, prompt, n = device_of(setup), 64, 16 if setup.tiny else 128
+    config = config_of((TINY if setup.tiny else {}) | {"max_position_embeddings": 1024})
+    ids = torch.randint(0, VOCABULARY, (1, prompt), device=device)
+    model = loud_model(config, 6).to(device, torch.bfloat16)
+    choose_attention(model, torch.bfloat16)
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    cache *= 2 * cache_length(prompt + n, config.max_position_embeddings)
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    emit(f"{alike(model, ids, n, True)} of {n} tokens alike", planned=weights + cache)
+    exact = loud_model(dataclasses.replace(config, num_hidden_layers=2), 6).to(device)
+    choose_attention(exact, torch.float32)
+    same = alike(exact, ids, n, False)
+    emit(f"{same} in float32", checks={f"{n} alike in float32": same == n})
+    if importlib.util.find_spec("transformers"):
+        theirs = transformers_decoder(model, Path(setup.folder), torch.bfloat16)
+        emit_speed("transformers", theirs.generate, ids, n)
+
+
+def evaluation(setup: Setup) -> None:
+    """Losses and log-likelihoods of answers in float32, on the device and on the CPU."""
+    model = loud_model(config_of(SMALL | (TINY if setup.tiny else {})), 3)
+    rng, window = np.random.default_rng(0), model.config.max_position_embeddings
+    ids = rng.integers(0, VOCABULARY, 8 * window + 1)
+    lines = [rng.integers(0, VOCABULARY, 24) for _ in range(8)]
+    asked = [Question(c[:8], [c[8:12], c[12:14], c[14:19], c[19:]]) for c in lines]
+    losses, likely = [], []
+    for device in (torch.device("cpu"), device_of(setup)):
+        choose_attention(model.to(device), torch.float32)
+        whole = score(model, sliding(ids, window, window), 50304, 4 * window)
+        losses.append(-sum(s.loglikelihood for [s] in whole) / (len(ids) - 1))
+        found = score(model, asked, VOCABULARY, 4 * window)
+        likely.append([s.loglikelihood for answers in found for s in answers])
+    gap_of_loss = abs(losses[0] - losses[1])
+    gap = max(abs(a - b) for a, b in zip(*likely, strict=True))
+    text = f"loss {losses[0]:.4f} differs by {gap_of_loss:.1e}, answers' by {gap:.1e}"
+    emit(text, checks={"at most 1e-4": max(gap_of_loss, gap) <= 1e-4})
+
+
+def start_rank(settings: Figures) -> subprocess.Popen[str]:
+    """train.py as the one rank of a torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    command += ["train.py", *(f"--{k}={v}" for k, v in settings.items() if v != DEFAULTS[k])]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stderr=pipe, text=True, encoding="utf-8")
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    """Wait for it. Raises ValueError with what train.py said when it fails."""
+    said = process.communicate()[1].strip().splitlines()
+    if process.returncode:
+        raise ValueError(([x for x in said if x.startswith("train.py:")] or said or ["?"])[-1])
+
+
+def torchrun(setup: Setup) -> None:
+    """One rank, FSDP, sharded checkpoints: 5 + 5 updates against 10, which run beside the first."""
+    kind = setup.device.partition(":")[0]  # torchrun gives each rank a device of its own
+    more: Figures = {**SMALL, "parallel": "fsdp", "sharded_checkpoints": True, "compile": "False"}
+    more |= {"lr_decay_iters": 10, "device": kind}
+    whole, parts = (settings_for(setup, out, 10, **more) for out in ("whole", "parts"))
+    for process in [start_rank(s) for s in (whole, parts | {"max_iters": 5})]:
+        finish(process)
+    finish(start_rank(parts | {"init_from": "resume"}))
+    gap, shards = loss_gap(whole, parts), len(list(Path(parts["out_dir"]).glob("*.shards")))
+    checks = {"at most 1e-3": gap <= 1e-3, "sharded checkpoints": shards > 0}
+    emit(f"losses differ by {gap:.1e}", checks=checks, gap=gap)
+
+
+def half_depth(setup: Setup) -> None:
+    """The 12-layer config."""
+    f = train_config(setup, "train_gpt_12layer", 12, tokens_per_step=131072)
+    emit(checks=speed_check(setup, f, 230e3))
+
+
+def profiled(setup: Setup) -> None:
+    """The reference with cuDNN's attention allowed; its kernels in three updates, by time."""
+    from torch.profiler import profile
+
+    profiler: Any = profile()
+    kernels = list[Any]()
+
+    def total(event: Any) -> float:
+        return float(event.self_device_time_total or event.self_cpu_time_total)
+
+    def hook(update: int) -> None:
+        if update == PROFILED.start:
+            profiler.__enter__()
+        elif update == PROFILED.stop:
+            profiler.__exit__(None, None, None)
+            events = list(profiler.key_averages())
+            found = [e for e in events if e.device_type.name != "CPU"] or events
+            for e in sorted(found, key=total, reverse=True)[:KERNELS]:
+                kernels.append([e.key[:100], round(total(e) / 1e3, 3), e.count])
+
+    f = train_config(setup, "train_gpt", 12, hook=hook, tokens_per_step=TOKENS)
+    if isinstance(theirs := of_reference(setup).get("tokens_per_s"), float | int):
+        emit(f"{f['tokens_per_s'] / theirs:.2f} of step {REFERENCE}'s speed")
+    emit(checks={"a table of kernels": bool(kernels)}, kernels_ms_calls=kernels)
+
+
+class Step(NamedTuple):
+    """A name, the seconds it may take, and what its process does."""
+
+    name: str
+    seconds: int
+    work: Callable[[Setup], None]
+
+
+STEPS = (
+    Step("machine", 14, speeds),
+    Step("tests/gpu", 36, gpu_tests),
+    Step("reference", 113, reference),
+    Step("out of memory", 25, out_of_memory),
+    Step("resume", 42, resume),
+    Step("uncompiled", 22, uncompiled),
+    Step("activation checkpointing", 45, recomputed),
+    Step("float16", 18, loss_scaling),
+    Step("decoding", 50, decode),
+    Step("evaluation", 17, evaluation),
+    Step("torchrun", 28, torchrun),
+    Step("12 layers", 35, half_depth),
+    Step("cuDNN, profile", 35, profiled),
+)
+TESTS = 1  # this step runs last, in the time that is left
+CUDNN = 12  # in this one cuDNN's attention is allowed, which data centres' cards take
+
+
+def main(number: int, setup: Setup) -> None:
+    """A step, in the process made for it."""
+    real = torch.compile
+
+    def traced(model: Any = None, **how: Any) -> Any:
+        how = {k: how[k] for k in ("dynamic", "fullgraph", "backend") if k in how}
+        return real(model, **{"backend": "aot_eager"} | how)
+
+    def work() -> None:
+        emit(card=card_of(setup))
+        STEPS[number].work(setup)
+
+    # toy sizes take minutes to compile, but moments to be traced
+    without_codegen = mock.patch.object(torch, "compile", traced)
+    with without_codegen if setup.tiny else contextlib.nullcontext():
+        script.run(work)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Setup(**json.loads(sys.argv[2])))

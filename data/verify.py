@@ -1,0 +1,81 @@
+"""A dataset folder read again: counts, hashes and the range of the ids against its meta.json."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.assembly import file_facts
+from data.workers import COPY
+from text.foreign import LLMC_HEADER
+from text.tokenizer import Tokenizer, get_tokenizer
+
+LLMC_MAGIC = 20240520  # of llm.c's shards of GPT-2 tokens
+SHOWN = 40  # tokens at each of three places
+
+
+def check_folder(out: Path) -> None:
+    """Read a dataset folder again and print what it holds. Raises ValueError for any mismatch.
+
+    Without meta.json the bins are taken for GPT-2 tokens, with llm.c's header if they have it.
+    """
+    made = out / "meta.json"
+    meta: dict[str, Any] = {"tokenizer": "gpt2", "dtype": "uint16", "splits": {}}
+    if made.exists():
+        try:
+            meta = json.loads(made.read_text(encoding="utf-8"))
+            np.dtype(meta["dtype"]), str(meta["tokenizer"]), dict(meta["splits"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{made} is not what data/prepare.py writes ({e!r})") from e
+    if "parts" in meta:
+        raise ValueError(f"{out} holds shares that are not merged: --merge=True, then --verify")
+    tok = get_tokenizer(meta["tokenizer"], out)
+    problems: list[str] = []
+    text = (tok.json_text or "").encode()
+    if meta.get("tokenizer_sha256") not in (None, hashlib.sha256(text).hexdigest()):
+        problems.append("tokenizer.json is not the one that meta.json was written for")
+    for name in ("train", "val"):
+        problems += check_split(out, name, meta["splits"].get(name, {}), meta["dtype"], tok)
+    if problems:
+        raise ValueError(f"{out} is damaged: " + "; ".join(problems))
+    print(f"{out}: all as it should be" + ("" if made.exists() else " (no meta.json to compare)"))
+
+
+def check_split(
+    out: Path, name: str, facts: dict[str, Any], dtype: str, tok: Tokenizer
+) -> list[str]:
+    """Print what the files of a split hold; the problems found. facts: what meta.json says."""
+    files = [out / f for f in facts.get("files", [])]
+    files = files or [p for p in [out / f"{name}.bin"] if p.exists()]
+    files = files or sorted({*out.glob(f"{name}_*.bin"), *out.glob(f"*_{name}_*.bin")})
+    if not files:
+        return [f"no {name}.bin"]
+    problems: list[str] = []
+    seen = {"tokens": 0, "documents": 0, "max_id": 0}
+    for path in files:
+        head = np.fromfile(path, dtype="<i4", count=3)
+        with_header = len(head) == 3 and head[0] == LLMC_MAGIC
+        skip = LLMC_HEADER // np.dtype("uint16").itemsize if with_header else 0
+        found = file_facts(path, dtype, skip)
+        if skip and found["tokens"] - skip != head[2]:
+            problems.append(f"{path.name}: header says {head[2]:,} tokens")
+        ids = np.memmap(path, dtype=dtype, mode="r")[skip:]
+        seen["tokens"] += len(ids)
+        seen["max_id"] = max(seen["max_id"], found["max_id"])
+        starts = range(0, len(ids), COPY)
+        seen["documents"] += sum(int((ids[a : a + COPY] == tok.eot).sum()) for a in starts)
+        if len(files) == 1 and facts.get("sha256") not in (None, found["sha256"]):
+            problems.append(f"{path.name}: sha256 is {found['sha256']}, not {facts['sha256']}")
+        for start in np.linspace(0, max(0, len(ids) - SHOWN), 3, dtype=np.int64):
+            print(f"{path.name} at {start:,}: {tok.decode(ids[start : start + SHOWN].tolist())!r}")
+    print(f"{name}: " + ", ".join(f"{v:,} {k}" for k, v in seen.items()))
+    problems += [
+        f"{name}: {seen[k]:,} {k}, but meta.json says {facts[k]:,}"
+        for k in seen
+        if k in facts and seen[k] != facts[k]
+    ]
+    if seen["max_id"] >= tok.vocab_size:
+        problems.append(f"{name}: id {seen['max_id']} is beyond the {tok.vocab_size} tokens")
+    return problems

@@ -1,0 +1,1 @@
+"""A model on disk: checkpoints, Hugging Face's folders, GGUF."""

@@ -1,0 +1,1 @@
+"""Text out of a model, and how likely it finds one."""

@@ -1,0 +1,425 @@
+"""How much memory a training step takes, by part, read off the graph that training runs.
+
+The graph is traced on fake tensors, which have shapes and no contents: no GPU is needed, and
+nothing of the model's size is allocated. With torch.compile it is the forward and backward graph
+that the code generator gets; without, every operator as autograd calls it.
+"""
+
+import contextlib
+import functools
+import operator
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from model import GPT, GPTConfig, num_parameters
+from run import compiling, machine
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits and loss", "workspace")
+WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE = PARTS
+LAYERS = (2, 3)  # depths that are traced; memory grows by the same amount with each layer
+VIEWS = {"view", "permute", "slice", "expand", "unsqueeze", "squeeze", "t", "transpose", "select"}
+VIEWS |= {"alias", "split", "split_with_sizes", "as_strided", "detach"}
+# Operators that the compiler calls as they are: what they read and write exists in memory.
+KERNELS = (
+    *("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product", "index_put", "scatter"),
+    *("embedding_dense_backward", "_unsafe_masked_index_put"),
+    *("run_and_save_rng_state", "run_with_rng_state"),
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What decides how much memory a training step takes, but for the micro-batch."""
+
+    config: GPTConfig
+    dtype: torch.dtype
+    device_type: str  # cuda, cpu or mps
+    compiled: bool
+    checkpointing: bool  # of activations
+    accumulates: bool  # gradients of earlier micro-steps are there
+
+
+def probe(config: GPTConfig) -> int:
+    """A micro-batch by which sizes of the model cannot be divided: the smallest such prime from 5.
+
+    A tensor whose numel it divides has the batch among its dimensions, and so grows with it.
+    """
+    sizes = (
+        *(
+            config.vocab_size,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+        ),
+        *(config.num_key_value_heads, config.head_dim, config.max_position_embeddings, *LAYERS),
+    )
+    primes = (n for n in range(5, 1000) if all(n % k for k in range(2, n)))
+    return next(p for p in primes if all(s % p for s in sizes))
+
+
+class Ledger:
+    """Bytes in use from moment to moment, by part: a fixed share and a share for each window."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        self.batch = probe(config)
+        self.logits = self.batch * config.max_position_embeddings * config.vocab_size
+        self.now = [0.0] * (2 * len(PARTS))
+        self.moments: list[list[float]] = []
+
+    def book(self, part: str, nbytes: int) -> None:
+        """Add nbytes, negative when they are freed, to a part."""
+        i = PARTS.index(part)
+        if nbytes % self.batch:
+            self.now[i] += nbytes
+        else:
+            self.now[i + len(PARTS)] += nbytes / self.batch
+
+    def note(self) -> None:
+        """Keep this moment."""
+        self.moments.append(self.now.copy())
+
+    def segments(self, turn: int) -> list[Tensor]:
+        """The moments of the forward pass, which ends at `turn`, and of three parts of backward.
+
+        These are the loss and the head, until logits and their gradient are gone, and two halves
+        of the rest. Each (moments, 2 x parts) float64: fixed bytes, then bytes a window.
+        """
+        moments = torch.tensor(self.moments, dtype=torch.float64)
+        i, last = PARTS.index(LOGITS), len(moments) - 1
+        there = (moments[turn:, i] + moments[turn:, i + len(PARTS)]).nonzero()
+        gone = min(last, turn + int(there[-1]) + 1) if len(there) else turn
+        half = max(gone + 1, (gone + last) // 2)
+        parts = [moments[:turn], moments[turn:gone], moments[gone:half], moments[half:]]
+        return [part if len(part) else moments[-1:] for part in parts]
+
+    def part_of(self, t: Tensor, part: str) -> str:
+        """`part`, or the logits' when the tensor has their size."""
+        return LOGITS if t.numel() == self.logits else part
+
+
+@contextlib.contextmanager
+def attention_of(device: str) -> Iterator[None]:
+    """Make the CPU's attention keep what that of another device does.
+
+    A GPU's kernel keeps q, k, v, its output and a float32 a row, dropout or not. The CPU's keeps
+    the same but has no dropout, so a GPU is traced without. mps keeps all T x T scores.
+    """
+    real = F.scaled_dot_product_attention
+
+    def without_dropout(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
+        return real(*args, **kwargs)
+
+    if device == "cuda":
+        with mock.patch.object(F, "scaled_dot_product_attention", without_dropout):
+            yield
+    elif device == "mps":
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
+
+
+def loss_of(model: Callable[..., Any], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loss of a micro-step, as train.py computes it; float16 is as large as bfloat16."""
+    half = torch.bfloat16 if dtype == torch.float16 else dtype
+    with machine.autocast(torch.device("cpu"), half):
+        loss: Tensor = model(x, x, loss_only=True)[1]
+    return loss
+
+
+def fake_model(training: Training) -> tuple[GPT, Tensor]:
+    """The model and a batch for it; call it inside a FakeTensorMode."""
+    model = GPT(training.config)
+    model.activation_checkpointing = training.checkpointing
+    shape = (probe(training.config), training.config.max_position_embeddings)
+    return model, torch.zeros(shape, dtype=torch.int64)
+
+
+class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Books every storage that operators make, until it is freed: the eager graph."""
+
+    def __init__(self, ledger: Ledger, known: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ledger = ledger
+        self.parts: Any = WeakIdKeyDictionary(ref_type=weakref.ref)
+        for t in known:  # is there before, and counted elsewhere
+            self.parts[t.untyped_storage()] = [""]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage() not in self.parts:
+                self.add(t)
+        return out
+
+    def add(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        part, nbytes = [self.ledger.part_of(t, WORKSPACE)], storage.nbytes()
+        self.parts[storage] = part
+        self.ledger.book(part[0], nbytes)
+        self.ledger.note()
+        weakref.finalize(storage, lambda: self.ledger.book(part[0], -nbytes))
+
+    def move(self, t: Tensor, to: str) -> None:
+        """What was workspace turns out to be kept."""
+        part = self.parts.get(t.untyped_storage(), [""])
+        if part[0] == WORKSPACE:
+            nbytes = t.untyped_storage().nbytes()
+            self.ledger.book(part[0], -nbytes)
+            self.ledger.book(to, nbytes)
+            part[0] = to
+
+
+def trace_eager(training: Training) -> list[Tensor]:
+    """Moments of a micro-step run op by op, as Ledger.segments."""
+    ledger = Ledger(training.config)
+    with FakeTensorMode(), attention_of(training.device_type):
+        model, x = fake_model(training)
+        if training.accumulates:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+        known = [*model.parameters(), *model.buffers(), x]
+        known += [p.grad for p in model.parameters() if p.grad is not None]
+        storages = Storages(ledger, known)
+
+        def keep(t: Tensor) -> Tensor:
+            storages.move(t, ACTIVATIONS)
+            return t
+
+        for p in model.parameters():
+            hook = p.register_post_accumulate_grad_hook  # a gradient, once it is summed up
+            hook(lambda p: storages.move(p.grad, GRADIENTS))  # type: ignore[no-untyped-call]
+        with storages, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = loss_of(model, x, training.dtype)
+            ledger.note()
+            turn = len(ledger.moments)
+            torch.autograd.backward(loss)
+    return ledger.segments(turn)
+
+
+def captured(training: Training) -> tuple[fx.Graph, fx.Graph]:
+    """The forward and backward graph that torch.compile hands to its code generator."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.compile_fx import partition_fn
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+
+    found: list[fx.Graph] = []
+
+    def note(gm: fx.GraphModule, inputs: Any) -> Any:
+        found.append(gm.graph)
+        return make_boxed_func(gm.forward)
+
+    backend = aot_autograd(
+        fw_compiler=note,
+        bw_compiler=note,
+        partition_fn=partition_fn,
+        decompositions=select_decomp_table,
+    )
+    torch._dynamo.reset()
+    compiling.keep_less()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # what is not fake are states of dropout
+    with fake, V.set_fake_mode(fake), attention_of(training.device_type):
+        model, x = fake_model(training)
+        model.compile(backend=backend)
+        torch.autograd.backward(loss_of(model, x, training.dtype))
+    torch._dynamo.reset()  # a real run starts with nothing compiled
+    forward, backward = found
+    return forward, backward
+
+
+def op_name(n: fx.Node) -> str:
+    """mm for aten.mm.default; "" for what is not an operator."""
+    return getattr(n.target, "__name__", "").partition(".")[0] if n.op == "call_function" else ""
+
+
+def is_kernel(n: fx.Node) -> bool:
+    return op_name(n).startswith(KERNELS)
+
+
+def is_view(n: fx.Node) -> bool:
+    name = op_name(n.all_input_nodes[0] if n.target is operator.getitem else n)
+    return name in VIEWS
+
+
+class Lifetimes:
+    """Which values of a compiled graph take memory, and when, by the compiler's rules.
+
+    Element-wise operators and reductions are fused into loops: what one of them makes exists in
+    memory only if a kernel that is called as it is reads it, if the graph returns it, or if it is
+    read after a further kernel, hence in another loop. A loop may write over an input that it is
+    the last to read.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.base: dict[fx.Node, fx.Node] = {}  # whose memory a view looks at
+        self.stage: dict[fx.Node, int] = {}  # kernels on the longest way to it
+        readers: dict[fx.Node, list[fx.Node]] = {n: [] for n in self.nodes}
+        for n in self.nodes:
+            inputs = n.all_input_nodes
+            self.base[n] = self.base[inputs[0]] if is_view(n) and inputs else n
+            self.stage[n] = max((self.stage[a] + is_kernel(a) for a in inputs), default=0)
+            if self.base[n] is n:
+                for a in inputs:
+                    readers[self.base[a]].append(n)
+        self.returned = [o for o in tree_leaves(self.nodes[-1].args) if isinstance(o, fx.Node)]
+        self.kept = {self.base[o] for o in self.returned}
+        self.real = {
+            n
+            for n in self.nodes
+            if n.op == "call_function"
+            and self.base[n] is n
+            and (
+                is_kernel(n)
+                or n.target is operator.getitem
+                or n in self.kept
+                or any(is_kernel(r) or self.stage[r] != self.stage[n] for r in readers[n])
+            )
+        }
+        reads: dict[fx.Node, set[fx.Node]] = {}  # values in memory, through those that are not
+        last: dict[fx.Node, fx.Node] = {}
+        for n in self.nodes:
+            reads[n] = set()
+            for a in (self.base[a] for a in n.all_input_nodes):
+                reads[n] |= {a} if a in self.real or a.op == "placeholder" else reads[a]
+            if n in self.real or n.op == "output":
+                last |= dict.fromkeys(reads[n], n)
+        self.dying: dict[fx.Node, list[fx.Node]] = {n: [] for n in self.nodes}
+        for value, n in last.items():
+            if value not in self.kept:
+                self.dying[n].append(value)
+        self.unread = self.real - set(last) - self.kept
+
+    def book(
+        self, ledger: Ledger, parts: dict[fx.Node, str], given: set[fx.Node], owned: set[fx.Node]
+    ) -> None:
+        """Walk through the graph. given: inputs that are freed after use; owned: may be reused.
+
+        parts names the part of values; the others are workspace.
+        """
+
+        def book(n: fx.Node, sign: int) -> None:
+            if nbytes := bytes_of(n):
+                ledger.book(ledger.part_of(n.meta["val"], parts.get(n, WORKSPACE)), sign * nbytes)
+
+        for n in given:
+            book(n, 1)
+        ledger.note()
+        for n in self.nodes:
+            if n not in self.real:
+                continue
+            dying = [d for d in self.dying[n] if d in given or d in self.real]
+            if not is_kernel(n) and n.target is not operator.getitem:
+                spent = (d for d in dying if d in owned or d in self.real)
+                if reused := next((d for d in spent if bytes_of(d) == bytes_of(n)), None):
+                    book(reused, -1)
+                    dying.remove(reused)
+            book(n, 1)
+            ledger.note()
+            for d in dying + [n] * (n in self.unread):
+                book(d, -1)
+
+
+def bytes_of(n: fx.Node) -> int:
+    """Of a value; 0 for what is no tensor, and for a random generator's state of unknown length."""
+    value = n.meta.get("val")
+    if not isinstance(value, Tensor) or not isinstance(value.numel(), int):
+        return 0
+    return value.numel() * value.element_size()
+
+
+def trace_compiled(training: Training) -> list[Tensor]:
+    """Moments of a micro-step of the compiled graph, as Ledger.segments."""
+    forward, backward = captured(training)
+    going, coming = Lifetimes(forward), Lifetimes(backward)
+    inputs = [n for n in coming.nodes if n.op == "placeholder"]
+    tangents = [n for n in inputs if n.name.startswith("tangents")]
+    by_name = {n.name: n for n in going.nodes}
+    saved = {n: by_name[n.name] for n in inputs if n.name in by_name}
+    # a view that is saved keeps what it looks at; parameters and buffers are counted elsewhere
+    saved = {n: going.base[s] for n, s in saved.items() if going.base[s].op != "placeholder"}
+    outputs = going.returned[: len(going.returned) - (len(inputs) - len(tangents))]
+    users = {going.base[o] for o in outputs}
+
+    batch: set[fx.Node] = set()  # values that depend on the tokens
+    for n in going.nodes:
+        value = n.meta.get("val")
+        tokens = n.op == "placeholder" and getattr(value, "dtype", None) == torch.int64
+        if tokens or any(a in batch for a in n.all_input_nodes):
+            batch.add(n)
+    ledger = Ledger(training.config)
+    going.book(ledger, {s: ACTIVATIONS for s in saved.values() if s in batch}, set(), set())
+    turn = len(ledger.moments)
+    ledger.now = [0.0] * len(ledger.now)
+    once = {s: n for n, s in saved.items()}  # several views of one memory count once
+    parts = {n: ACTIVATIONS for s, n in once.items() if s in batch}
+    parts |= dict.fromkeys(coming.kept, GRADIENTS)
+    given = {*once.values(), *tangents}
+    owned = {n for s, n in once.items() if s not in users}
+    coming.book(ledger, parts, given, owned)
+    return ledger.segments(turn)
+
+
+@functools.lru_cache(maxsize=64)
+def trace(training: Training) -> list[Tensor]:
+    """The moments of a training whose size is small enough to be traced as it is."""
+    return (trace_compiled if training.compiled else trace_eager)(training)
+
+
+def shallow(training: Training, layers: int) -> Training:
+    """The same with other layers, and equal for all whose graphs are."""
+    config = replace(training.config, num_hidden_layers=layers)
+    return replace(
+        training, config=config, accumulates=training.accumulates and not training.compiled
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def states(config: GPTConfig) -> dict[str, int]:
+    """Bytes of weights (and buffers), gradients and AdamW's two moments, all float32."""
+    with torch.device("meta"):
+        model = GPT(config)
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    n = 4 * num_parameters(model)
+    return {WEIGHTS: n + buffers, GRADIENTS: n, OPTIMIZER: 2 * n}
+
+
+def at_peak(training: Training, batch: int) -> dict[str, float]:
+    """Bytes by part at the moment of a training step, of so many windows, when most are in use.
+
+    The graph is traced at two depths. Its peaks in the forward pass, in the loss, in the half of
+    the layers' backward pass where activations are most, and in the half where gradients are most,
+    grow with each layer by the same amount.
+    """
+    fixed = dict(states(training.config))
+    if not training.accumulates:
+        fixed[GRADIENTS] = 0  # the backward pass makes them
+    layers = training.config.num_hidden_layers
+    depths = LAYERS if layers > max(LAYERS) else (layers,)
+    update = dict.fromkeys(PARTS, 0.0) | states(training.config)  # AdamW, fused, works in place
+    candidates = [update]
+    for segments in zip(*(trace(shallow(training, d)) for d in depths), strict=True):
+        peaks = []
+        for moments in segments:
+            used = moments[:, : len(PARTS)] + batch * moments[:, len(PARTS) :]
+            peaks.append(used[used.sum(1).argmax()])
+        more = (layers - depths[0]) * (peaks[-1] - peaks[0])
+        parts = dict(zip(PARTS, (peaks[0] + more).tolist(), strict=True))
+        candidates.append({p: parts[p] + fixed.get(p, 0) for p in PARTS})
+    return max(candidates, key=lambda parts: sum(parts.values()))

@@ -1,0 +1,397 @@
+"""What a run will take, before it starts: memory, time, disk, and what more cards would do.
+
+Everything is computed but the time of a few steps, where the device is there and they are short.
+The lines say which is which.
+"""
+
+import contextlib
+import datetime
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import GPT, num_parameters
+from plan import memory
+from plan.memory import Training
+from run import cards
+from run.compiling import keep_less, why_not_compile, why_uncompiled
+from run.cost import flops_per_token, model_line
+from run.curve import read_curve
+from run.folder import check_disk, disk_needed
+from run.gpu import unused_gpu
+from run.log import say
+from run.machine import Machine, autocast, select_device, select_dtype, tune
+from run.microbatch import largest_divisor, windows_of_rank
+from run.optim import configure_optimizer
+from run.start import find_start, model_as_set, source_of
+from text.batches import TrainOrder
+from text.files import path_of
+from text.tokenizer import get_tokenizer
+from text.tokens import TokenData, dataset_folder, read_meta
+
+GIB = 2**30
+# Memory that is not in the graph, assumed and not measured. On a GPU: CUDA's context and kernels
+# (0.3 to 0.5 GiB), buffers inside kernels, the allocator's gaps. On a CPU: Python and torch.
+RESERVE = {"cuda": 1.0 * GIB, "mps": 1.0 * GIB, "cpu": 0.5 * GIB}
+CARD_SIZES = (24, 16, 12, 8)  # GiB, of consumer cards
+CPU_FLOPS = 1e11  # FLOP/s, the order of a few cores
+TIMING_S = 120.0  # steps are timed only when they are expected to take less
+NODE = 8  # cards in one machine
+
+
+# ---------------------------------------------------------------- memory
+
+
+def divisors(n: int) -> list[int]:
+    """In rising order."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def peak(training: Training, batch: int, windows: int) -> float:
+    """Bytes at the peak of a step of so many windows, batch of them at a time."""
+    parts = memory.at_peak(replace(training, accumulates=batch < windows), batch)
+    return sum(parts.values())
+
+
+def largest_batch(training: Training, windows: int, room: float, most: int = 0) -> int:
+    """The largest micro-batch (of at most `most`) that divides a step's windows and fits in `room`.
+
+    0 when none does.
+    """
+    batches = [b for b in divisors(windows) if b <= (most or windows)]
+    return max((b for b in batches if peak(training, b, windows) <= room), default=0)
+
+
+def smallest_change(training: Training, batch: int, windows: int, room: float) -> str:
+    """What to type so that a run fits in `room` bytes; "" when it does as it is.
+
+    In this order: a smaller micro-batch, which changes nothing of the result, activation
+    checkpointing, which costs time, fewer layers, which are another model.
+    """
+    if peak(training, batch, windows) <= room:
+        return ""
+    if found := largest_batch(training, windows, room, batch):
+        return f"--batch_size={found}"
+    training, flags = replace(training, checkpointing=True), "--activation_checkpointing=True"
+    if found := largest_batch(training, windows, room, batch):
+        return f"{flags} --batch_size={found}"
+    for layers in range(training.config.num_hidden_layers - 1, 0, -1):
+        config = replace(training.config, num_hidden_layers=layers)
+        if peak(replace(training, config=config), 1, windows) <= room:
+            return f"{flags} --batch_size=1 --num_hidden_layers={layers}"
+    return "a smaller hidden_size, max_position_embeddings or vocabulary: not even one layer fits"
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that a run on a device of this machine could use; None where nobody tells."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return float(torch.mps.recommended_max_memory())
+    with contextlib.suppress(OSError, StopIteration):  # Linux
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            line = next(line for line in f if line.startswith("MemAvailable"))
+        return float(line.split()[1]) * 1024
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # macOS: all there is
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return None
+
+
+def memory_lines(training: Training, batch: int, room: float | None, where: str) -> Iterator[str]:
+    """The parts of a run's memory as a table, against what there is. room excludes the reserve."""
+    parts = memory.at_peak(training, batch)
+    graph = "compiled" if training.compiled else "eager"
+    saving = " and activation checkpointing" if training.checkpointing else ""
+    yield (
+        f"memory   at the peak of a step with batch_size={batch}{saving}, computed from the "
+        f"{graph} graph:"
+    )
+    for part, nbytes in [*parts.items(), ("sum", sum(parts.values()))]:
+        yield f"  {part:<16}{nbytes / GIB:8.2f} GiB"
+    if room is None:
+        yield f"  free memory of {where}: unknown"
+        return
+    reserve = RESERVE[training.device_type]
+    verdict = "fits" if sum(parts.values()) <= room else "DOES NOT FIT"
+    yield (
+        f"  {where}: {(room + reserve) / GIB:.2f} GiB, less {reserve / GIB:.1f} for what is not in "
+        f"the graph (assumed): {verdict}"
+    )
+
+
+def card_lines(training: Training, windows: int) -> Iterator[str]:
+    """Largest micro-batches on consumer cards, computed for the compiled graph in bfloat16."""
+    plain = replace(
+        training, device_type="cuda", dtype=torch.bfloat16, compiled=True, checkpointing=False
+    )
+    yield (
+        f"cards    largest batch_size that fits and divides the step's {windows} windows "
+        "(computed, bfloat16, torch.compile):"
+    )
+    yield "  memory    as it is    with activation_checkpointing"
+    for size in CARD_SIZES:
+        room = size * GIB - RESERVE["cuda"]
+        trainings = (plain, replace(plain, checkpointing=True))
+        a, b = (largest_batch(t, windows, room) or "none" for t in trainings)
+        yield f"  {size:>3} GB    {a:>8}    {b:>8}"
+
+
+# ---------------------------------------------------------------- time
+
+
+def timed_step(
+    training: Training, device: torch.device, batch: int, micro_steps: int, repeats: int = 3
+) -> float:
+    """Measured seconds of an update: a few micro-steps (the median) and the optimizer's step."""
+    tune(device)
+    model = GPT(training.config).to(device)
+    model.activation_checkpointing = training.checkpointing
+    optimizer = configure_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
+    shape = (batch, training.config.max_position_embeddings)
+    x = torch.randint(0, training.config.vocab_size, shape, device=device)
+    context = autocast(device, training.dtype)
+    if training.compiled:
+        keep_less()
+        model.compile()
+
+    def micro() -> None:
+        with context:
+            loss = model(x, x, loss_only=True)[1]
+        torch.autograd.backward(loss)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    def seconds(work: Callable[[], None]) -> float:
+        t0 = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - t0
+
+    for work in (micro, update):  # the first ones compile and allocate
+        work()
+    return micro_steps * statistics.median(seconds(micro) for _ in range(repeats)) + seconds(update)
+
+
+def time_lines(step_s: float, tokens: int, flops: float, steps: int, how: str) -> Iterator[str]:
+    """Hours, the date on which a run that starts now would end, tokens/s."""
+    end = datetime.datetime.now() + datetime.timedelta(seconds=steps * step_s)
+    yield (
+        f"time     {steps * step_s / 3600:,.1f} hours for {steps:,} updates of {step_s:.3g} s, "
+        f"until {end:%Y-%m-%d %H:%M} if started now"
+    )
+    yield f"  {tokens / step_s:,.0f} tokens/s, {flops / step_s / 1e12:.2f} TFLOP/s: {how}"
+
+
+def ring_seconds(nbytes: float, count: int, card: cards.Card) -> float:
+    """Time of a ring all-reduce: each card sends and receives 2 (n - 1) / n of the bytes."""
+    slowest = card.link if count <= NODE else min(card.link, card.network)
+    return 2 * (count - 1) / count * nbytes / slowest
+
+
+def fsdp_peak(training: Training, batch: int, windows: int, count: int) -> float:
+    """Bytes a card at the peak of a step when weights, gradients and moments are sharded (FSDP2).
+
+    Beside its shares a card has embedding, last norm and head with their gradient in float32, and
+    two layers gathered in the type they compute in, with their gradients in that type and float32.
+    With several micro-steps it has all layers and all gradients until the last one.
+    """
+    parts = memory.at_peak(replace(training, accumulates=False), batch)
+    with torch.device("meta"):
+        model = GPT(training.config)
+    total, layer = num_parameters(model), num_parameters(model.layers[0])
+    layers = training.config.num_hidden_layers * layer
+    rest, width = total - layers, training.dtype.itemsize
+    gathered = 8 * rest + 2 * (2 * width + 4) * layer
+    if batch < windows:
+        gathered = 8 * rest + (width + 4) * layers
+    used = parts[memory.ACTIVATIONS] + parts[memory.LOGITS] + parts[memory.WORKSPACE]
+    # when backward begins there are no shards of gradients yet; when it ends, no activations
+    return gathered + max(used + 12 * total / count, 4 * rest + 16 * total / count)
+
+
+def scaling_lines(
+    training: Training,
+    batch: int,
+    windows: int,
+    step_flops: float,
+    card: cards.Card,
+    world_size: int,
+) -> Iterator[str]:
+    """A table of 1 to world_size cards under data parallelism.
+
+    FSDP moves as many bytes as DDP: weights in 16 bits twice, gradients in float32 once.
+    """
+    gradients = memory.states(training.config)[memory.GRADIENTS]
+    yield (
+        f"scaling  computed, not measured; {card.name}, each at {card.mfu:.0%} of "
+        f"{card.peak / 1e12:g} TFLOP/s:"
+    )
+    yield (
+        "  cards  batch_size x micro-steps  DDP GiB  FSDP GiB  compute s   comm. s    tokens/s"
+        "  efficiency"
+    )
+    rounded = False
+    for count in sorted({*(2**i for i in range(world_size.bit_length())), world_size}):
+        each = max(1, round(windows / count))
+        micro = max(b for b in divisors(each) if b <= batch)
+        mark = " " if each * count == windows else "*"
+        rounded = rounded or mark == "*"
+        ddp = peak(training, micro, each) + (gradients if count > 1 else 0)  # DDP's buckets
+        fsdp = fsdp_peak(training, micro, each, count)
+        compute = each * step_flops / windows / (card.mfu * card.peak)
+        comm = ring_seconds(gradients, count, card)
+        tokens = each * count * training.config.max_position_embeddings / (compute + comm)
+        yield (
+            f"  {count:>5}{mark} {micro:>10} x {each // micro:<11}  {ddp / GIB:>7.1f}  "
+            f"{fsdp / GIB:>8.1f}  {compute:>9.3f}  {comm:>8.3f}  {tokens:>10,.0f}  "
+            f"{compute / (compute + comm):>10.0%}"
+        )
+    yield (
+        f"  assumed: {card.link / 1e9:g} GB/s between the {NODE} cards of a machine, "
+        f"{card.network / 1e9:g} GB/s between machines, {gradients / 1e9:.2f} GB of float32 "
+        "gradients in one ring all-reduce a step, none of it hidden behind computing"
+    )
+    if rounded:
+        yield (
+            f"  * {windows} windows do not divide by the cards; computed for the nearest "
+            "tokens_per_step that does"
+        )
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def data_line(folder: Path, training: Training, tokens_per_step: int, steps: int) -> str:
+    """How often the run reads the data at hand."""
+    context = training.config.max_position_embeddings
+    try:
+        data = TokenData(folder, "train", context, training.config.vocab_size)
+    except FileNotFoundError as e:
+        return f"data     not there yet, epochs unknown: {e}"
+    epochs = TrainOrder(data.tokens, context, tokens_per_step, 0).epochs(steps)
+    return f"data     {folder}: {data.tokens:,} training tokens, {epochs:.2f} epochs"
+
+
+def existing(folder: Path) -> Path:
+    """The nearest folder above that exists already, or the folder itself."""
+    folder = folder.resolve()
+    return folder if folder.exists() else existing(folder.parent)
+
+
+def disk_line(folder: Path, size: int, count: int, log: int) -> str:
+    """What a run writes at most, as folder.check_disk takes it."""
+    return (
+        f"disk     {count} checkpoints of {size / 1e9:.3g} GB and {log / 1e6:.3g} MB of log at "
+        f"most; {shutil.disk_usage(folder).free / 1e9:.1f} GB free"
+    )
+
+
+def plan(
+    training: Training,
+    device: torch.device,
+    card: cards.Card | None,
+    batch: int,
+    tokens_per_step: int,
+    steps: int,
+    world_size: int,
+) -> Iterator[str]:
+    """Lines on memory, cards, time and scaling; card is planned for instead of device.
+
+    Raises ValueError at the end, with the smallest change that fits, when the run does not fit.
+    """
+    if world_size > 1 and not card:
+        raise ValueError(f"world_size={world_size} needs a card to plan for, as --device=RTX3090")
+    context = training.config.max_position_embeddings
+    windows = tokens_per_step // context
+    micro_steps = windows // batch
+    with torch.device("meta"):
+        flops = flops_per_token(GPT(training.config)) * tokens_per_step
+    yield (
+        f"run      {steps:,} updates of {tokens_per_step:,} tokens ({batch} x {context} x "
+        f"{micro_steps} micro-steps), {steps * tokens_per_step / 1e9:.3g} B tokens, "
+        f"{flops:.3g} FLOP each"
+    )
+    free = card.memory * GIB if card else free_memory(device)
+    room = None if free is None else free - RESERVE[training.device_type]
+    yield from memory_lines(training, batch, room, card.name if card else "free memory")
+    yield from card_lines(training, windows)
+    change = smallest_change(training, batch, windows, room) if room is not None else ""
+
+    short = training.device_type != "cpu" or 5 * flops / micro_steps / CPU_FLOPS < TIMING_S
+    if card:
+        step_s = flops / (card.mfu * card.peak)
+        source = (
+            "as the reference run is reported" if card.name in cards.REFERENCE_MFU else "a guess"
+        )
+        how = f"computed from {card.mfu:.0%} of {card.peak / 1e12:g}, {source}; nothing timed"
+    elif short and not change:
+        step_s = timed_step(training, device, batch, micro_steps)
+        how = "measured on a few micro-steps and an update"
+    else:
+        step_s = flops / CPU_FLOPS
+        how = f"computed from a guess; not timed: {'does not fit' if change else 'takes too long'}"
+    yield from time_lines(step_s, tokens_per_step, flops, steps, how)
+    if world_size > 1 and card:
+        yield from scaling_lines(training, batch, windows, flops, card, world_size)
+    if change:
+        raise ValueError(f"the run does not fit in memory; the smallest change that fits: {change}")
+
+
+def report(settings: Mapping[str, Any]) -> None:
+    """Print what the run of a training script's settings would take, and write nothing.
+
+    Raises ValueError with the smallest change that fits when it does not fit.
+    """
+    s = settings
+    card = cards.find_card(s["device"])
+    device = torch.device("cuda") if card else select_device(s["device"])
+    if card and s["dtype"] == "auto":
+        machine = Machine(device, card.half, "the card computes in it")
+    else:
+        machine = Machine(device, *select_dtype(s["dtype"], device))
+    data, out = dataset_folder(s["dataset"]), path_of(s["out_dir"])
+    meta, _ = read_meta(data), read_curve(s["reference"])
+    as_set, source = model_as_set(s, meta), source_of(s["init_from"], out)
+    start = find_start(source, out, as_set, s["batch_size"], whole=False)
+    if start.saved:
+        now = {"config": s, "data": meta["splits"], "dtype": str(machine.dtype)}
+        start.check(as_set, get_tokenizer(meta["tokenizer"], data), now)
+    config, context = start.config, start.config.max_position_embeddings
+    windows = windows_of_rank(s["tokens_per_step"], context, 1)
+    batch = largest_divisor(windows, start.state.micro_batch or s["batch_size"])
+    with torch.device("meta"):
+        empty = GPT(config)
+    flops = flops_per_token(empty) * s["tokens_per_step"] * s["max_iters"]
+    cannot = "" if card else why_not_compile(device)
+    training = Training(
+        config,
+        machine.dtype,
+        device.type,
+        compiled=not why_uncompiled(s["compile"], device, flops, cannot),
+        checkpointing=s["activation_checkpointing"],
+        accumulates=batch < windows,
+    )
+    say(model_line(empty))
+    say(data_line(data, training, s["tokens_per_step"], s["max_iters"]))
+    name = f"{card.name}, not here" if card else ""
+    say(f"machine  {machine.line(name=name)}")
+    if batch < s["batch_size"]:
+        say(f"run      batch_size={batch}, which divides the {windows} windows of a step")
+    if not card and (problem := unused_gpu(s["device"], device)):
+        say(f"WARNING  planned for the {device.type}: {problem}")
+    there, disk = existing(out), disk_needed(s, num_parameters(empty))
+    say(disk_line(there, **disk))
+    sizes = batch, s["tokens_per_step"], s["max_iters"], s["world_size"]
+    for line in plan(training, device, card, *sizes):
+        say(line)
+    check_disk(there, **disk)

@@ -1,0 +1,1 @@
+"""What a run stands on: settings, ranks, machine, folder, start, saving, stopping, logs."""

@@ -1,0 +1,119 @@
+"""The cards that are known: speed, memory, links. A new card is a line of CARDS."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+# Share of its peak that a card reaches in training. One is reported: 22.7k tokens/s of the
+# reference run on an RTX 3090, 2.12 GFLOP each, are 0.68 of 71 TFLOP/s. The other is a guess.
+REFERENCE_MFU, ASSUMED_MFU = {"RTX 3090": 0.68}, 0.5
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as its maker's data sheet has it, so that it can be planned for without being there.
+
+    Links are bytes/s of a ring all-reduce, each way, and assumed: PCIe 4.0 x16 (12e9 of its 25e9,
+    without peer access) and 100 Gbit/s between machines, or NVLink and 8 InfiniBand ports.
+    """
+
+    name: str  # the whole one but for the maker, socket, and (if there is one size only) memory
+    tflops: float  # dense bf16 (fp16 where half says so), with fp32 accumulation
+    memory: int  # GiB
+    link: float = 12e9  # to the next card of the machine
+    network: float = 12.5e9  # between machines
+    half: torch.dtype = torch.bfloat16
+
+    @property
+    def peak(self) -> float:
+        """Dense 16-bit FLOP/s."""
+        return self.tflops * 1e12
+
+    @property
+    def mfu(self) -> float:
+        """The share of the peak that training is assumed to reach."""
+        return REFERENCE_MFU.get(self.name, ASSUMED_MFU)
+
+
+CARDS = (  # a laptop's card of the same number is slower, and has another name
+    Card("A10", 125.0, 24),
+    Card("A40", 150.0, 48),
+    Card("A100 40GB", 312.0, 40, 230e9, 100e9),
+    Card("A100 80GB", 312.0, 80, 230e9, 100e9),
+    Card("A100 PCIe 40GB", 312.0, 40),
+    Card("A100 PCIe 80GB", 312.0, 80),
+    Card("H100 80GB", 989.0, 80, 370e9, 200e9),
+    Card("H100 NVL", 835.0, 94),
+    Card("H100 PCIe", 756.0, 80),
+    Card("H200", 989.0, 141, 370e9, 200e9),
+    Card("L4", 121.0, 24),
+    Card("L40S", 362.0, 48),
+    Card("RTX 3050", 18.2, 8),
+    Card("RTX 3060", 25.5, 12),
+    Card("RTX 3060 Ti", 32.4, 8),
+    Card("RTX 3070", 40.6, 8),
+    Card("RTX 3070 Ti", 43.5, 8),
+    Card("RTX 3080", 59.5, 10),
+    Card("RTX 3080 Ti", 68.2, 12),
+    Card("RTX 3090", 71.0, 24),
+    Card("RTX 3090 Ti", 80.0, 24),
+    Card("RTX 4060", 30.2, 8),
+    Card("RTX 4060 Ti 8GB", 44.1, 8),
+    Card("RTX 4060 Ti 16GB", 44.1, 16),
+    Card("RTX 4070", 58.3, 12),
+    Card("RTX 4070 SUPER", 71.0, 12),
+    Card("RTX 4070 Ti", 80.2, 12),
+    Card("RTX 4070 Ti SUPER", 88.2, 16),
+    Card("RTX 4080", 97.5, 16),
+    Card("RTX 4080 SUPER", 104.4, 16),
+    Card("RTX 4090", 165.0, 24),
+    Card("RTX 4090 D", 147.1, 24),
+    Card("RTX 5060 Ti 8GB", 47.4, 8),
+    Card("RTX 5060 Ti 16GB", 47.4, 16),
+    Card("RTX 5070", 61.7, 12),
+    Card("RTX 5070 Ti", 87.9, 16),
+    Card("RTX 5080", 112.6, 16),
+    Card("RTX 5090", 209.5, 32),
+    Card("RTX 6000 Ada", 364.0, 48),
+    Card("RTX A6000", 155.0, 48),
+    Card("T4", 65.0, 16, half=torch.float16),
+    Card("V100 16GB", 125.0, 16, 100e9, half=torch.float16),
+    Card("V100 32GB", 125.0, 32, 100e9, half=torch.float16),
+)
+
+
+def short_name(card: str) -> str:
+    """A card's name without maker, memory size and socket: "A100" for NVIDIA A100-SXM4-40GB."""
+    maker = r"\b(NVIDIA|GeForce|Tesla|Generation)\b"
+    name = re.sub(rf"{maker}|[- ](SXM\d*|\d+ ?GB|HBM\d\w?)\b", " ", card)
+    return " ".join(name.replace("-PCIE", " PCIe").split())
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The card's dense 16-bit FLOP/s, None for a card that is not in the table and for a CPU."""
+    if device.type != "cuda":
+        return None
+    name = short_name(torch.cuda.get_device_name(device))
+    return next((c.peak for c in CARDS if short_name(c.name) == name), None)
+
+
+def find_card(name: str) -> Card | None:
+    """The card of a name, blanks, hyphens and case aside: RTX3090, a100-80gb.
+
+    None for auto, cpu, mps, cuda and cuda:N. A name without the memory size means the smallest.
+    Raises ValueError that lists the cards for any other name.
+    """
+
+    def plain(text: str) -> str:
+        return "".join(c for c in text.lower() if c.isalnum())
+
+    if name.partition(":")[0] in ("auto", "cpu", "mps", "cuda"):
+        return None
+    wanted = plain(name.replace("NVIDIA", "").replace("GeForce", ""))
+    found = [c for c in CARDS if plain(c.name) == wanted]
+    found += [c for c in CARDS if plain(short_name(c.name)) == wanted]
+    if not found:
+        known = ", ".join(c.name.replace(" ", "") for c in CARDS)
+        raise ValueError(f"device={name!r} is no device and no card that is known: {known}")
+    return found[0]

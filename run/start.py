@@ -1,0 +1,172 @@
+"""Where a run starts from: scratch, a checkpoint of its own, or another model.
+
+The plan asks the same function.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from formats import listing, pretrained, rebuild
+from model import GPT, GPTConfig
+from run.log import say
+from run.parallel import share_optimizer
+from run.settings import changed
+from run.team import Team
+from text.tokenizer import Tokenizer, get_tokenizer
+
+
+@dataclass
+class TrainState:
+    """What a run must remember beside weights and optimizer to go on as if never stopped.
+
+    Data order and dropout depend on the step alone, so neither has a state of its own.
+    """
+
+    iter_num: int = 0  # completed updates
+    best_val_loss: float | None = None
+    skipped: int = 0  # updates left out, in all
+    recent_losses: list[float] = field(default_factory=list)  # for skip_spike
+    wandb_run_id: str | None = None
+    micro_batch: int = 0  # windows that fit in memory when batch_size does not; 0 = it does
+
+
+@dataclass
+class Start:
+    """A run's first model and state. `saved` is a checkpoint's contents, on rank 0 alone."""
+
+    config: GPTConfig
+    state: TrainState = field(default_factory=TrainState)
+    origin: str = "scratch"  # where the run's first model came from, resumed or not
+    path: Path = Path()
+    saved: dict[str, Any] = field(default_factory=dict)
+    resumed: bool = False
+    scaler: dict[str, Any] | None = None
+    parts: dict[str, Any] | None = None  # of a checkpoint that each rank reads its part of
+
+    def check(self, as_set: GPTConfig, tok: Tokenizer, now: Mapping[str, Any]) -> None:
+        """Whether the settings fit the checkpoint; warns when a resumed run is not the same.
+
+        now: as in settings.changed. Raises ValueError.
+        """
+        if not self.saved:
+            return
+        check_same_tokenizer(self.saved, tok, self.path)
+        if not self.resumed:
+            return
+        if self.origin == "scratch":
+            theirs = rebuild.model_config(self.saved, self.path)
+            rebuild.check_same_model(theirs, as_set, self.path)
+        if different := changed(self.saved, now):
+            say(f"WARNING  not the same run as before: {', '.join(different)}")
+
+    def shared(self, team: Team, sharded: bool) -> "Start":
+        """What rank 0 has found, on all ranks; the contents stay where they are."""
+        if self.saved and sharded and self.path.suffix == listing.PARTS:
+            needed = {k: self.saved[k] for k in ("model_args", "optimizer")}
+            self.parts = {"path": str(self.path), "rest": needed}
+        mine = [asdict(self.config), asdict(self.state), self.resumed, self.scaler, self.parts]
+        config, state, resumed, scaler, parts = team.share(mine)
+        common: dict[str, Any] = {"config": GPTConfig(**config), "state": TrainState(**state)}
+        return replace(self, **common, resumed=resumed, scaler=scaler, parts=parts)
+
+    def build(self, rank: int) -> GPT:
+        """The model on the CPU; only rank 0's weights count, unless each rank reads its own."""
+        counts = rank == 0 and not self.parts
+        with contextlib.nullcontext() if counts else rebuild.SkipInit():
+            if self.saved and not self.parts:
+                return rebuild.build(self.config, self.saved, self.path)
+            return GPT(self.config)
+
+    def restore(
+        self, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, team: Team
+    ) -> None:
+        """Give the optimizer and the scaler their state, and each rank its part of the weights."""
+        if self.parts:
+            from formats.sharded import read_into  # few need it, and it takes a second
+
+            moments = optimizer if self.resumed else None
+            read_into(Path(self.parts["path"]), model, moments, self.parts["rest"])
+        elif self.resumed:
+            share_optimizer(team, optimizer, self.saved.get("optimizer", {}))
+        if self.resumed and self.scaler:
+            scaler.load_state_dict(self.scaler)
+        self.saved = {}
+
+
+def source_of(init_from: str, out: Path) -> str:
+    """What init_from comes to: auto is resume where there is a run, else scratch."""
+    if init_from != "auto":
+        return init_from
+    return "resume" if listing.holds_run(out) else "scratch"
+
+
+def find_start(
+    source: str, out: Path, as_set: GPTConfig, batch_size: int, whole: bool = True
+) -> Start:
+    """Where the run starts from; as_set is the model that the settings describe.
+
+    A model that is read keeps its sizes; its context may be cut, dropout is as set. whole=False
+    leaves the tensors of a folder of parts where they are. Raises ValueError or OSError.
+    """
+    if source == "scratch":
+        return Start(as_set)
+    path, saved, problems = pretrained.read(source, str(out), whole)
+    for problem in problems:
+        say(f"passed over: {problem}")
+    kept = saved.get("train_state")
+    if source == "resume" and not isinstance(kept, dict):
+        raise ValueError(f"{path} cannot be resumed, only started from: --init_from={path}")
+    config = replace(rebuild.model_config(saved, path), dropout=as_set.dropout)
+    if source != "resume":
+        context = min(config.max_position_embeddings, as_set.max_position_embeddings)
+        config = replace(config, max_position_embeddings=context)
+        return Start(config, origin=source, path=path, saved=saved)
+    known = {f.name for f in fields(TrainState)}
+    state = TrainState(**{k: v for k, v in (kept or {}).items() if k in known})
+    if saved["config"]["batch_size"] != batch_size:
+        state.micro_batch = 0  # the user knows better
+    origin = saved["config"]["init_from"]
+    return Start(config, state, origin, path, saved, resumed=True, scaler=saved.get("scaler"))
+
+
+def model_as_set(settings: Mapping[str, Any], meta: Mapping[str, Any]) -> GPTConfig:
+    """The model that the settings describe, its vocabulary that of a dataset's meta.json."""
+    given = {f.name: settings[f.name] for f in fields(GPTConfig)}
+    vocabulary = settings["vocab_size"] or -(-int(meta["vocab_size"]) // 64) * 64
+    return GPTConfig(**given | {"vocab_size": vocabulary})
+
+
+def check_same_tokenizer(saved: Mapping[str, Any], tok: Tokenizer, path: Path) -> None:
+    """Raises ValueError when a checkpoint was trained with other tokens than the dataset has."""
+    theirs = saved.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files name none
+    if not pretrained.same_ids(get_tokenizer(theirs["name"], json_text=theirs["json"]), tok):
+        raise ValueError(
+            f"{path} was trained with the tokenizer {theirs['name']!r}, but the dataset is in "
+            f"{tok.name!r} or another version of it; prepare the text with the checkpoint's "
+            "(data/prepare.py --tokenizer=...)"
+        )
+
+
+def contents(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    state: TrainState,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """All that a checkpoint holds; facts: what stays the same in a run."""
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "model_args": asdict(model.config),
+        "iter_num": state.iter_num,
+        "best_val_loss": state.best_val_loss,
+        "train_state": asdict(state),
+        **facts,
+    }

@@ -1,0 +1,1 @@
+"""Text to numbers and back: tokens, token files, batches. It knows no model."""

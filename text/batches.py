@@ -1,0 +1,188 @@
+"""Batches from token files: which tokens a step sees is a pure function of (seed, step).
+
+An epoch cuts the token stream into windows of `context` tokens, with a fresh phase, and visits
+each once in a keyed random order that takes no memory. Step s of a run takes the next
+tokens_per_step / context windows, whatever the micro-batch size and the number of ranks are, so
+nothing about the data needs saving but the step.
+"""
+
+import functools
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from text.tokens import Ints, TokenData
+
+FEISTEL_ROUNDS = 6  # even
+BLOCK = 4096  # windows whose places in the stream are worked out together
+IGNORED = -1  # a target that does not count: the model's IGNORE_INDEX
+
+
+def mix(x: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
+    """A well-mixed 64-bit hash of each number (splitmix64's finaliser), keyed."""
+    x = x + np.uint64(key)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+@functools.lru_cache(maxsize=64)
+def key_of(*numbers: int) -> int:
+    """One 64-bit key from several numbers."""
+    key = np.zeros(1, dtype=np.uint64)
+    for number in numbers:
+        key = mix(key, (number + 0x9E3779B97F4A7C15) % 2**64)
+    return int(key[0])
+
+
+def permute(positions: Ints, n: int, key: int) -> Ints:
+    """Where a random permutation of range(n), chosen by `key`, sends each position.
+
+    A Feistel network permutes the smallest 2^bits >= n; results of n or more are sent on until
+    they fall below n (cycle walking), which keeps it a permutation of range(n). O(1) memory.
+    """
+    bits = max(2, (n - 1).bit_length())
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64(2 ** (bits // 2) - 1), np.uint64(2 ** (bits - bits // 2) - 1)
+    keys = [key_of(key, i) for i in range(FEISTEL_ROUNDS)]
+
+    def scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        low, high = x & low_mask, x >> low_bits
+        for even, odd in zip(keys[::2], keys[1::2], strict=True):
+            high ^= mix(low, even) & high_mask
+            low ^= mix(high, odd) & low_mask
+        x = (high << low_bits) | low
+        return x
+
+    x = scramble(positions.astype(np.uint64))
+    while (outside := x >= n).any():
+        x[outside] = scramble(x[outside])
+    return x.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class TrainOrder:
+    """Which windows of the training stream a step takes."""
+
+    tokens: int  # in the stream
+    context: int
+    tokens_per_step: int
+    seed: int
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows that fit whatever the phase is: at least 1."""
+        return max(1, (self.tokens - self.context) // self.context)
+
+    def epochs(self, steps: int) -> float:
+        """How often `steps` steps go through the data."""
+        return steps * self.tokens_per_step / self.context / self.windows_per_epoch
+
+    def starts(self, step: int, first: int, count: int) -> Ints:
+        """First tokens of the step's windows first .. first + count - 1: (count,)."""
+        n = self.windows_per_epoch
+        index = step * (self.tokens_per_step // self.context) + first + np.arange(count)
+        starts = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(index // n):
+            here = index // n == epoch
+            key = key_of(self.seed, int(epoch))
+            phases = min(self.context, self.tokens - n * self.context)
+            starts[here] = permute(index[here] % n, n, key) * self.context + key % phases
+        return starts
+
+
+def split_windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T + 1) int16 or int32 -> inputs and targets, (B, T) int64, two views of one tensor.
+
+    The integers travel narrow, a quarter of the bytes over the bus, and signed, since torch has
+    few operations on unsigned types; the mask makes them the unsigned ids that they are.
+    """
+    bits = 8 * tokens.element_size()
+    if tokens.is_cpu:  # which can read them as unsigned, in two thirds of the time
+        wide = tokens.view({16: torch.uint16, 32: torch.uint32}[bits]).long()
+    else:
+        wide = tokens.long().bitwise_and_(2**bits - 1)
+    return wide[:, :-1], wide[:, 1:]
+
+
+def host_tensor(windows: NDArray[Any], device: torch.device) -> Tensor:
+    """The same bits in signed integers on the host, pinned when they go to CUDA."""
+    tokens = torch.from_numpy(windows.view(f"i{windows.itemsize}"))
+    return tokens.pin_memory() if device.type == "cuda" else tokens
+
+
+class TrainLoader:
+    """Micro-batches of a rank, the next one read by a thread while this one is used."""
+
+    def __init__(
+        self, data: TokenData, order: TrainOrder, rank: int, ranks: int, device: torch.device
+    ) -> None:
+        self.data, self.order, self.device = data, order, device
+        self.rank, self.ranks = rank, ranks
+        # the current GPU is each thread's own, and pinning would else open a context on the first
+        on_gpu = (lambda: torch.cuda.set_device(device)) if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1, "prefetch", initializer=on_gpu)
+        self.block: tuple[int, Ints] = (-1, np.zeros(0, dtype=np.int64))
+        self.pending: tuple[tuple[int, int, int], Future[Tensor]] | None = None
+
+    def starts(self, step: int, first: int, count: int) -> Ints:
+        """As order.starts, out of a block of steps done at once: a small array costs as much."""
+        windows = self.order.tokens_per_step // self.order.context
+        steps = max(1, BLOCK // windows)
+        number, at = step // steps, step % steps * windows + first
+        block = self.block  # the prefetching thread may replace it meanwhile
+        if block[0] != number:
+            block = (number, self.order.starts(number * steps, 0, steps * windows))
+            self.block = block
+        return block[1][at : at + count]
+
+    def read(self, step: int, micro_step: int, batch_size: int) -> Tensor:
+        """Windows (B, T + 1) in signed integers on the host, pinned when they go to CUDA."""
+        first = (micro_step * self.ranks + self.rank) * batch_size
+        return host_tensor(self.data.windows(self.starts(step, first, batch_size)), self.device)
+
+    def batch(self, step: int, micro_step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (B, T) int64 on the device; a pure function of the arguments."""
+        wanted = (step, micro_step, batch_size)
+        if self.pending is not None and self.pending[0] == wanted:
+            tokens = self.pending[1].result()
+        else:
+            tokens = self.read(*wanted)
+        windows_per_step = self.order.tokens_per_step // self.order.context
+        micro_steps = windows_per_step // (batch_size * self.ranks)
+        following = (*divmod(step * micro_steps + micro_step + 1, micro_steps), batch_size)
+        self.pending = (following, self.thread.submit(self.read, *following))
+        return split_windows(tokens.to(self.device, non_blocking=True))
+
+
+def eval_batches(
+    data: TokenData,
+    windows: int,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same disjoint windows of a split at every call, as inputs and targets (B, T) int64.
+
+    At most `windows` of them, spread evenly over the split; ranks take turns, and have as many
+    batches as each other. A last batch that is not full is filled up with windows whose targets
+    are all IGNORED, so that there is one shape.
+    """
+    n = (data.tokens - 1) // data.context
+    index = np.arange(min(windows, n)) * n // min(windows, n)
+    starts = index[rank::ranks] * data.context
+    for i in range(0, -(-len(index) // ranks), batch_size):
+        rows = data.windows(np.resize(starts[i : i + batch_size], batch_size))
+        tokens = host_tensor(rows, device).to(device, non_blocking=True)
+        # y in memory of its own, but with the strides that training's has, for the compiler
+        (x, _), (_, y) = split_windows(tokens), split_windows(tokens)
+        y[len(starts) - i :] = IGNORED
+        yield x, y

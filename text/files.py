@@ -1,0 +1,73 @@
+"""Files: where a path leads, text that comes in, and how a file is written. Imports no torch."""
+
+import codecs
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def path_of(text: str) -> Path:
+    """A path as a person types it: ~ is the home folder; what is no user's stays as it is."""
+    return Path(os.path.expanduser(text))
+
+
+def utf8_decoder() -> io.IncrementalNewlineDecoder:
+    """How all text comes in: as UTF-8, without a byte order mark, its newlines as \\n."""
+    return io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), True)
+
+
+def read_text(path: Path) -> str:
+    """The text in a file. Raises OSError or ValueError with the path."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return utf8_decoder().decode(path.read_bytes(), final=True)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}); save it as UTF-8") from e
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mark: str = "") -> Iterator[Path]:
+    """The path of a new, empty file, which takes the place of `path` at the end.
+
+    So that a crash at any moment leaves the old file or the whole new one; what is raised inside
+    leaves the old one, too. A link that stands in the way is deleted. mark: part of the new
+    file's name, for writers of one path in several processes.
+    """
+    temp = path.with_name(f"{path.name}{mark}.tmp")
+    try:
+        temp.unlink(missing_ok=True)
+        with open(temp, "xb"):
+            pass
+        yield temp
+        with open(temp, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+        sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+
+
+def write(path: Path, contents: str | bytes, mark: str = "") -> None:
+    """Write a small file whole or not at all, text as UTF-8; mark as in `replacing`."""
+    data = contents.encode() if isinstance(contents, str) else contents
+    with replacing(path, mark) as temp:
+        temp.write_bytes(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder survive a power cut, where the system and its disk can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some network disks cannot
+            os.fsync(handle)
+        os.close(handle)
+
+
+def reason(e: BaseException) -> str:
+    """What an error says, in one line; the compiler's own says what is inside."""
+    e = getattr(e, "inner_exception", None) or e
+    return next(iter(str(e).strip().splitlines()), "") or type(e).__name__

@@ -1,0 +1,223 @@
+"""Token files as one stream of tokens, checked before they are believed."""
+
+import bisect
+import itertools
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from text.files import path_of
+from text.foreign import SCAN, check_finished, check_foreign, open_tokens
+from text.split import split_parts, val_share
+
+Ints = NDArray[np.int64]
+DATA = Path(__file__).resolve().parent.parent / "data"
+GPT2_VOCAB = 50257
+NUMBER = re.compile("[0-9]+")
+SCANS = 64  # pieces of a stream that are read to find its largest id
+
+
+def dataset_folder(name: str) -> Path:
+    """Where a dataset is: a name stands for a folder under data/, with a slash it is a path."""
+    path = path_of(name)
+    return path if "/" in name or os.sep in name or path.is_absolute() else DATA / name
+
+
+class Piece(NamedTuple):
+    """Tokens of a stream that lie together in a file."""
+
+    path: Path
+    first: int  # where in the file's tokens they begin
+    ids: NDArray[Any]  # (tokens,) unsigned, a view of the mapped file
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json of a dataset folder, or what files without one are taken for: GPT-2 in uint16.
+
+    Raises ValueError when it is not what data/prepare.py writes, and when there is none but
+    datatrove says that the tokens are not GPT-2's.
+    """
+    path = folder / "meta.json"
+    if path.exists():
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            if meta["dtype"] not in ("uint16", "uint32") or int(meta["vocab_size"]) < 1:
+                raise ValueError(f"dtype {meta['dtype']!r}, vocab_size {meta['vocab_size']!r}")
+            str(meta["tokenizer"]), dict(meta["splits"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path} is damaged ({e}); run data/prepare.py again") from e
+        found: dict[str, Any] = meta
+        return found
+    if (folder / "meta.pkl").exists():
+        raise ValueError(
+            f"{folder / 'meta.pkl'} is a pickle, which can run code, and is not read; "
+            "prepare the text again with data/prepare.py"
+        )
+    for note in sorted(folder.glob("*/*.ds.metadata"))[:1]:
+        name = note.read_text(encoding="utf-8").partition("\n")[0].partition("|")[0]
+        if "gpt2" not in Path(name).name:
+            raise ValueError(
+                f"{note} says that the tokenizer is {name}, not gpt2: {path} is needed, "
+                "as docs/datatrove.md shows"
+            )
+    return {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB, "dtype": "uint16", "splits": {}}
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """`<split>.bin`, or shards: `<split>_*.bin`, `*_<split>_*.bin` or datatrove's `<split>/*.ds`.
+
+    Shards are in name order, by the value of numbers in names: 9 comes before 10.
+    Raises FileNotFoundError with the command that makes them, ValueError for unfinished ones.
+    """
+    for pattern in (f"{split}.bin", f"{split}_*.bin", f"*_{split}_*.bin", f"{split}/*.ds"):
+        if files := list(folder.glob(pattern)):
+            break
+    else:
+        parts = " (its parts are there: add --merge=True)" if (folder / "parts").exists() else ""
+        raise FileNotFoundError(
+            f"no {split}.bin in {folder}; make it with: python data/prepare.py "
+            f"(or --source=stdlib for a small text that needs no download){parts}"
+        )
+    if files[0].suffix == ".ds":
+        check_finished(folder / split / "logs")
+    return sorted(files, key=lambda path: NUMBER.sub(lambda m: m[0].zfill(20), path.name))
+
+
+def unmerged(folder: Path, split: str, meta: dict[str, Any]) -> tuple[list[Piece], int]:
+    """A split of the parts that --shards=I/N has made, as --merge=True would write it.
+
+    Returns the pieces and their UTF-8 text bytes.
+    Raises FileNotFoundError for missing parts, ValueError for damaged ones.
+    """
+    work, count = folder / "parts", int(meta["parts"])
+    if (work / "assembly.json").exists():
+        raise ValueError(f"merging {work} was interrupted: run data/prepare.py --merge=True again")
+    stems = [work / f"{i:05d}" for i in range(count)]
+    missing = [stem.name for stem in stems if not stem.with_suffix(".json").exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {count} parts are missing in {work} (the first is {missing[0]}); "
+            "run the other --shards=I/N of data/prepare.py"
+        )
+    parts = [open_part(stem, meta["dtype"]) for stem in stems]
+    sizes = np.concatenate([table[:, 1] for _, table in parts])  # bytes of each document
+    documents = len(sizes)
+    if documents < 2:
+        raise ValueError(f"{work} holds {documents} documents; to split one takes --merge=True")
+    fraction = val_share(documents, meta["val_fraction"])
+    where = split_parts([table[:, 0] for _, table in parts], fraction, meta["split_seed"])
+    pieces = [
+        Piece(stems[part].with_suffix(".bin"), start, parts[part][0][start:end])
+        for part, start, end in (where.val if split == "val" else where.train).tolist()
+    ]
+    val_bytes = int(sizes[where.chosen].sum())
+    return pieces, val_bytes if split == "val" else int(sizes.sum()) - val_bytes
+
+
+def open_part(stem: Path, dtype: str) -> tuple[NDArray[Any], Ints]:
+    """A part's tokens, (tokens,), and tokens and UTF-8 bytes of its documents, (documents, 2).
+
+    Raises ValueError when its files do not fit together.
+    """
+    path = stem.with_suffix(".bin")
+    try:
+        facts = json.loads(stem.with_suffix(".json").read_bytes())
+        table = np.fromfile(stem.with_suffix(".index"), dtype=facts["index"])
+        table = table.reshape(-1, 2).astype(np.int64)
+        ids = open_tokens(path, dtype) if facts["tokens"] else np.zeros(0, dtype)
+        if not len(ids) == facts["tokens"] == table[:, 0].sum():
+            raise ValueError("another length than its .json or .index says")
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(
+            f"{path} is damaged ({e}); delete {stem}.json and run its --shards=I/N again"
+        ) from e
+    return ids, table
+
+
+class TokenData:
+    """One split of a dataset folder: its files read as one stream of tokens.
+
+    `tokens` is the length of the stream; `nbytes` its UTF-8 text bytes, None when unknown.
+    Raises FileNotFoundError or ValueError for missing, damaged or foreign files, for a stream too
+    short for one window of `context` + 1 tokens, and for ids that `vocab_size` does not cover.
+    """
+
+    def __init__(self, folder: Path, split: str, context: int, vocab_size: int) -> None:
+        meta = read_meta(folder)
+        facts = meta["splits"].get(split, {})
+        self.context, self.vocab_size = context, vocab_size
+        self.nbytes: int | None = facts.get("bytes")
+        if "parts" in meta:
+            self.pieces, self.nbytes = unmerged(folder, split, meta)
+        else:
+            files = split_files(folder, split)
+            self.pieces = [Piece(path, 0, open_tokens(path, meta["dtype"])) for path in files]
+        self.sizes = {p.path: p.path.stat().st_size for p in self.pieces}  # bytes
+        self.ids = [piece.ids for piece in self.pieces]
+        self.begins = [0, *itertools.accumulate(len(ids) for ids in self.ids)]
+        self.tokens = self.begins[-1]
+        self.dtype = np.result_type(*{ids.dtype.newbyteorder("=") for ids in self.ids})
+        path = self.pieces[0].path
+        if facts and facts["tokens"] != self.tokens:
+            raise ValueError(
+                f"{path} has {self.tokens:,} tokens but meta.json says {facts['tokens']:,}; "
+                "run data/prepare.py again"
+            )
+        if self.tokens < context + 1:
+            raise ValueError(
+                f"{path} has {self.tokens:,} tokens, fewer than one window of {context} + 1; "
+                "use more text or a smaller max_position_embeddings"
+            )
+        if facts.get("max_id", 0) >= vocab_size:
+            raise ValueError(self.too_large(facts["max_id"], str(path)))
+        if "max_id" not in facts:
+            for piece in self.pieces if "parts" not in meta else []:
+                check_foreign(piece.path, piece.ids)
+            n = min(SCAN, self.tokens)
+            self.windows(np.linspace(0, self.tokens - n, SCANS, dtype=np.int64), n)
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """A loss in nats per token in bits per byte of text; None where the bytes are unknown."""
+        return loss * self.tokens / self.nbytes / math.log(2) if self.nbytes else None
+
+    def check_size(self) -> None:
+        """Raises ValueError when a file has shrunk: reading its end would kill the process."""
+        for path, size in self.sizes.items():
+            if path.exists() and path.stat().st_size < size:
+                raise ValueError(f"{path} was cut short while it was read; put the whole file back")
+
+    def windows(self, starts: Ints, length: int | None = None) -> NDArray[Any]:
+        """Tokens [start, start + context] of each start: (n,) -> (n, context + 1), unsigned.
+
+        Or `length` tokens of each. Raises ValueError, naming file and place, for an id that
+        vocab_size does not cover: a GPU would end the run without a word on where it came from.
+        """
+        length = length or self.context + 1
+        found = np.empty((len(starts), length), dtype=self.dtype)
+        for start, row in zip(starts.tolist(), found, strict=True):
+            i = bisect.bisect_right(self.begins, start) - 1
+            at, filled = start - self.begins[i], 0
+            while filled < length:  # more than once when it goes on in the next file
+                ids = self.ids[i][at : at + length - filled]
+                row[filled : filled + len(ids)] = ids
+                at, filled, i = 0, filled + len(ids), i + 1
+        if found.max() >= self.vocab_size:
+            row, column = divmod(int(found.argmax()), length)
+            place = int(starts[row]) + column
+            i = bisect.bisect_right(self.begins, place) - 1
+            at = self.pieces[i].first + place - self.begins[i]
+            where = f"{self.pieces[i].path} at token {at:,}"
+            raise ValueError(self.too_large(int(found.max()), where))
+        return found
+
+    def too_large(self, largest: int, where: str) -> str:
+        return (
+            f"{where} holds token id {largest}, but the model's vocab_size is {self.vocab_size}; "
+            "set vocab_size to cover the tokenizer, or check that the file is what you think"
+        )

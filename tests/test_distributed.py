@@ -153,6 +153,7 @@ def test_saved_on_two_ranks_resumed_on_one(on_two, flags, script, tmp_path):
     assert_same_run(out, on_two)
 
 
+@pytest.mark.slow
 def test_saved_on_two_ranks_resumed_on_three_with_shards(on_two, flags, tmp_path):
     """Three do not divide the weights' rows: the shards are uneven."""
     out = cut(on_two, tmp_path / "out")

@@ -127,7 +127,14 @@ STEP_SLOWLY = "import torch, time; f = torch.nn.utils.clip_grad_norm_\n" + (
 
 
 @posix
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SIGTERM",
+        "SIGINT",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGHUP")),
+    ],
+)
 def test_a_signal_saves_and_says_how_to_go_on(slow_run, tmp_path, whole, name):
     out = tmp_path / "out"
     process = start(slow_run, STEP_SLOWLY)
@@ -441,7 +448,7 @@ torch.save = save
 """
 
 
-@pytest.mark.parametrize("left", [0, 100_000])
+@pytest.mark.parametrize("left", [0, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_dying_while_a_checkpoint_is_written(slow_run, tmp_path, whole, left):
     """nanoGPT is left with the first bytes of its only checkpoint."""
     out = tmp_path / "out"

@@ -113,6 +113,7 @@ def test_the_evaluation_commands(trained):
         assert '"bits_per_byte"' in result.stdout
 
 
+@pytest.mark.slow  # tests/test_export.py runs the like
 def test_the_export_commands(trained):
     clone, _ = trained
     found = [c for c in commands("docs/export.md") if c[1:3] == ["export.py", "--out_dir=out/demo"]]

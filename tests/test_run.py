@@ -71,10 +71,12 @@ def micro_of(stop, tmp_path, team=None, sharded=False, most=4, windows=12, state
 # --- stop
 
 
-def test_a_signal_is_noted_and_named(stop):
+@pytest.mark.parametrize("name", [n for n in Stop.NAMES if hasattr(signal, n)])
+def test_a_signal_is_noted_and_named(stop, name):
+    number = getattr(signal, name)
     assert not stop.asked() and stop.cause == "" and stop.exit_code() == 0
-    signal.raise_signal(signal.SIGTERM)
-    assert stop.asked() and stop.cause == "SIGTERM" and stop.exit_code() == 128 + 15
+    signal.raise_signal(number)
+    assert stop.asked() and stop.cause == name and stop.exit_code() == 128 + number
     stop.under_torchrun = True
     assert stop.exit_code() == 0, "another code would start the run anew"
 

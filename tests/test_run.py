@@ -22,6 +22,7 @@ from run.log import Log, duration
 from run.machine import Machine
 from run.microbatch import MicroBatch
 from run.optim import configure_optimizer, set_hyperparameters, set_rate
+from run.parallel import check_sharded
 from run.picture import draw_run, short
 from run.records import Wandb, read_records
 from run.saver import Saver
@@ -432,6 +433,14 @@ def test_a_text_that_does_not_fit_in_memory_stops_no_run(monkeypatch, capsys):
     machine = Machine(torch.device("cpu"), torch.float32, "")
     assert sample_text(model, get_tokenizer("bytes"), "ab", machine) == "ab" and model.training
     assert "no text: CUDA out of memory" in capsys.readouterr().out
+
+
+def test_what_sharded_models_cannot_do_is_refused():
+    check_sharded("fsdp", torch.bfloat16, "")
+    with pytest.raises(ValueError, match="parallel=fsdp takes bfloat16 or float32"):
+        check_sharded("fsdp", torch.float16, "")
+    with pytest.raises(ValueError, match="sample_prompt needs a whole model.*--sample_prompt="):
+        check_sharded("hsdp", torch.bfloat16, "Return the")
 
 
 # --- where a run starts

@@ -35,7 +35,7 @@ def draw_run(metrics: Path, image: Path, curve: Curve | None = None) -> str:
     records = read_records(metrics)
     figure = Figure(figsize=(8, 8))
     axes = figure.subplots(4, 1, sharex=True, height_ratios=[4, 1, 1, 1.3])
-    figure.subplots_adjust(left=0.11, right=0.92, bottom=0.07, top=0.98, hspace=0.12)
+    figure.subplots_adjust(left=0.14, right=0.92, bottom=0.07, top=0.98, hspace=0.12)
     loss, rate, norm, speed = axes
     loss.plot(*points(records, "loss"), lw=1, label="training")
     loss.plot(*points(records, "val_loss"), "o-", lw=1, ms=3, label="validation")

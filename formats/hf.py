@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from text.files import path_of, replacing
+from text.files import named_reason, path_of, replacing
 from text.tokenizer import Tokenizer, byte_characters, get_tokenizer, gpt2_ranks
 
 PREFIX = "hf:"  # of a folder's path or a Hub name among the values of init_from
@@ -61,8 +61,7 @@ def find(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as e:  # the Hub's, the network's and the disk's errors have no common class
         raise OSError(
-            f"there is no folder {name!r}, and the Hub did not give such a model: "
-            f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
+            f"there is no folder {name!r}, and the Hub did not give such a model: {named_reason(e)}"
         ) from e
 
 

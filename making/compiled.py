@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from making.sampling import Model, cache_length
+from text.files import named_reason
 
 HUGE_PAGE = 2**21  # bytes
 FEW_ROWS = 64
@@ -56,8 +57,7 @@ def compile_decode(model: Model, length: int) -> str:
             model.decode(zeros[None], zeros.clone(), cache, zeros.clone())
     except Exception as e:  # whatever a compiler, a driver or a full disk may raise
         model.decode = plain  # type: ignore[method-assign]
-        e = getattr(e, "inner_exception", e)  # torch's own names the backend alone
-        return f"{type(e).__name__}: {e}".splitlines()[0][:120]
+        return named_reason(e)[:120]
     return ""
 
 

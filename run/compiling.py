@@ -1,6 +1,5 @@
 """Compiling, and a micro-step before the run: what cannot work fails while nobody waits."""
 
-import contextlib
 import importlib.util
 import os
 import shutil
@@ -19,7 +18,7 @@ from run.microbatch import MicroBatch
 from run.parallel import set_sync
 from run.stop import Stopped
 from text.batches import TrainLoader
-from text.files import reason
+from text.files import named_reason
 
 # A CPU run shorter than this costs less uncompiled: compiling takes about a minute and saves a
 # fifth of the time, at roughly 1e11 FLOP/s.
@@ -90,7 +89,7 @@ def rehearse(
     micro: MicroBatch, net: nn.Module, loader: TrainLoader, evaluation: Evaluation, machine: Machine
 ) -> None:
     """A micro-step and a batch of an evaluation, of which nothing stays."""
-    with contextlib.suppress(Stopped):  # the run is told again
+    try:
         for attempt in micro.attempts():
             with attempt:
                 attempt.take_room()
@@ -100,7 +99,10 @@ def rehearse(
                 first = next(iter(evaluation.batches(micro.size)))
                 loss_sums(micro.model, [first], machine.autocast)
                 attempt.agree()
-    micro.optimizer.zero_grad(set_to_none=True)
+    except Stopped:
+        pass  # the run is told again
+    finally:
+        micro.optimizer.zero_grad(set_to_none=True)
 
 
 def compile_or_say_why(
@@ -132,9 +134,7 @@ def compile_or_say_why(
     except ValueError:
         raise
     except Exception as e:
-        kind = type(getattr(e, "inner_exception", e)).__name__  # torch's own names the backend
-        because = f"{kind}: {reason(e)}"[:120]
-        say(f"compile  failed, training uncompiled ({because})")
+        say(f"compile  failed, training uncompiled ({named_reason(e)[:120]})")
         micro.compiled = False
         uncompile(parts)
         micro.model.train()
@@ -145,5 +145,4 @@ def compile_or_say_why(
         except ShortElsewhere:  # and that rank tries again
             micro.halve()
             rehearse(micro, net, loader, evaluation, machine)
-    micro.optimizer.zero_grad(set_to_none=True)
     release_memory(machine.device)  # of a compiler that failed

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import sys
@@ -28,7 +29,7 @@ class Machine:
     dtype: torch.dtype
     why: str  # this type
 
-    @property
+    @functools.cached_property  # each micro-step enters it, and making one asks the device
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The context in which matrix products run in dtype."""
         return autocast(self.device, self.dtype)

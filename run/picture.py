@@ -5,7 +5,7 @@ from typing import Any
 
 from run.curve import Curve
 from run.records import Record, read_records
-from text.files import reason
+from text.files import named_reason
 
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
@@ -69,5 +69,5 @@ def draw_run(metrics: Path, image: Path, curve: Curve | None = None) -> str:
         image.unlink(missing_ok=True)  # a link that stands there is not followed
         figure.savefig(image, dpi=120)
     except Exception as e:  # matplotlib's errors are many, and none may spoil a run's end
-        return f"no {image.name}: {type(e).__name__}: {reason(e)}"
+        return f"no {image.name}: {named_reason(e)}"
     return ""

@@ -61,7 +61,7 @@ class Wandb:
             self.run = wandb.init(**known, id=run_id, resume="allow")
             self.run_id = self.run.id
         except Exception as e:  # wandb's errors are many, and none may stop a run
-            self.problem = f"wandb is off: {type(e).__name__}: {e}".splitlines()[0]
+            self.problem = f"wandb is off: {files.named_reason(e)}"
 
     def log(self, record: Record) -> str:
         """Send a record; why it failed, or ""."""
@@ -69,5 +69,5 @@ class Wandb:
             try:
                 self.run.log(record, step=record["iter"])
             except Exception as e:
-                return f"wandb: {type(e).__name__}: {e}".splitlines()[0]
+                return f"wandb: {files.named_reason(e)}"
         return ""

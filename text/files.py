@@ -71,3 +71,9 @@ def reason(e: BaseException) -> str:
     """What an error says, in one line; the compiler's own says what is inside."""
     e = getattr(e, "inner_exception", None) or e
     return next(iter(str(e).strip().splitlines()), "") or type(e).__name__
+
+
+def named_reason(e: BaseException) -> str:
+    """The same behind the kind of the error, for those of other libraries."""
+    e = getattr(e, "inner_exception", None) or e
+    return f"{type(e).__name__}: {reason(e)}"

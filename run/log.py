@@ -24,6 +24,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
 
 
+def printable(text: str) -> str:
+    """A text in a line; what would ring a bell or move the cursor is a dot."""
+    return "".join(c if c.isprintable() else "·" for c in " ".join(text.split()))
+
+
 class Log:
     """The lines and records of updates and evaluations, with the speed between two of them.
 
@@ -46,6 +51,7 @@ class Log:
         hide = None if rank == 0 else True  # None: where there is no terminal
         self.bar = tqdm(total=max_iters, initial=first, disable=hide, unit="step", leave=False)
         self.started = self.begun = time.perf_counter()
+        self.updating: float | None = None  # since the first update; what is before it comes once
         self.seconds, self.steps = 0.0, 0  # of the updates since the last line
         self.measure(0, 0.0, 0.0)
 
@@ -66,6 +72,7 @@ class Log:
     def begin(self) -> None:
         """An update begins."""
         self.begun = time.perf_counter()
+        self.updating = self.updating or self.begun
 
     def update(self, step: int, loss: float, rate: float, grad_norm: float) -> None:
         """An update is over; one in log_interval is told."""
@@ -77,7 +84,8 @@ class Log:
             return
         speed = self.steps * self.tokens_per_step / self.seconds
         flops = self.steps * self.flops / self.seconds
-        left = (self.max_iters - step - 1) * (now - self.started) / (step + 1 - self.first)
+        taken = now - (self.updating or self.begun)
+        left = (self.max_iters - step - 1) * taken / (step + 1 - self.first)
         mfu = flops / self.peak if self.peak else None
         self.put(
             {
@@ -115,7 +123,7 @@ class Log:
         line += " | best" if best else ""
         if text:
             record["sample"] = text
-            line += f"\nstep {step:>6} | sample: {' '.join(text.split())}"
+            line += f"\nstep {step:>6} | sample: {printable(text)}"
         self.put(record, line)
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from run.agreement import Agreement, ShortElsewhere
 from run.curve import Curve, read_curve
 from run.evaluation import loss_sums, sample_text
 from run.health import Health
-from run.log import Log, duration
+from run.log import Log, duration, printable
 from run.machine import Machine
 from run.microbatch import MicroBatch
 from run.optim import configure_optimizer, set_hyperparameters, set_rate
@@ -354,6 +354,24 @@ def test_one_update_in_log_interval_is_told_with_the_mean_speed(tmp_path, monkey
     lines = capsys.readouterr().out.splitlines()
     assert "20.0% MFU | 0:00:12 left" in lines[1] and lines[2].endswith("| best")
     assert duration(3723.9) == "1:02:03"
+
+
+def test_the_time_left_leaves_out_what_comes_before_the_first_update(tmp_path, monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    log = Log(tmp_path, 0, Wandb(False, "", "", {}, None), 0, 61, 1)
+    log.measure(1000, 5e12, 0)
+    now[0] += 50  # the evaluation of step 0
+    log.begin()
+    now[0] += 1
+    log.update(0, 3.0, 1e-3, 0.5)
+    assert capsys.readouterr().out.endswith("| 0:01:00 left\n")
+    (record,) = read_records(tmp_path / "metrics.jsonl")
+    assert record["elapsed_s"] == 51.0
+
+
+def test_a_sample_in_the_log_is_a_line_that_terminals_survive():
+    assert printable("a\x07b\x1b[2J\x00 ü世\n\x08\x85 c") == "a·b·[2J· ü世 · c"
 
 
 def test_another_rank_says_and_writes_nothing(tmp_path, capsys):

@@ -35,8 +35,22 @@ RENAMED = {
 }
 
 
+_typed: set[str] = set()  # the settings that were flags of this process's command line
+
+
 class ConfigError(ValueError):
-    """A setting that does not exist or a value of the wrong type; the text is one line."""
+    """A setting that does not exist or fits nothing, or a value of the wrong type; one line."""
+
+
+def refuse(branch: str, *names: str) -> None:
+    """Raises ConfigError when one of the settings was typed, since it changes nothing here.
+
+    branch: why it does not, in words that follow "has no effect". What a config file sets is
+    never refused: it serves many commands.
+    """
+    for name in names:
+        if name in _typed:
+            raise ConfigError(f"--{name} has no effect {branch}; leave it out")
 
 
 def settings_of(namespace: Mapping[str, Any]) -> dict[str, Value]:
@@ -203,9 +217,13 @@ def configure(namespace: Mapping[str, Any], args: list[str] | None = None) -> di
         print(help_text(path, namespace.get("__doc__"), defaults))
         sys.exit(0)
     try:
-        return overrides(args, defaults, path.parent)
+        values = overrides(args, defaults, path.parent)
     except ConfigError as e:
         fail(path.name, str(e))
+    _typed.clear()
+    flags = (arg[2:].partition("=")[0] for arg in args if arg.startswith("--"))
+    _typed.update(name.replace("-", "_") for name in flags)
+    return values
 
 
 def fail(script: str, message: str) -> NoReturn:

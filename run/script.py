@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from configurator import ConfigError
 from run.folder import unlock
 from run.stop import watch
 from text.files import reason
@@ -17,7 +18,8 @@ from text.files import reason
 def run(main: Callable[[], None]) -> None:
     """Call a script's main part; a user's mistake ends in one line on stderr and exit code 1.
 
-    Mistakes are ValueError and OSError. `python -X dev` shows where they came from.
+    Mistakes are ValueError and OSError; a flag that does not fit is a ConfigError, with exit code
+    2. `python -X dev` shows where they came from.
     """
     script = os.path.basename(sys.argv[0])
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -29,7 +31,7 @@ def run(main: Callable[[], None]) -> None:
         if sys.flags.dev_mode:
             raise
         print(f"{script}: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(e, ConfigError) else 1)
     except Exception as e:
         from run.machine import is_oom
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configurator import ConfigError, configure, overrides, settings_of
+from configurator import ConfigError, configure, overrides, refuse, settings_of
 
 DEFAULTS = {
     "batch_size": 12,
@@ -142,3 +142,16 @@ def test_exit_codes(capsys, tmp_path):
         configure(namespace, ["--sise=4"])
     assert failed.value.code == 2
     assert capsys.readouterr().err == ("script.py: --sise: no such setting: did you mean size?\n")
+
+
+def test_only_a_typed_flag_is_refused(tmp_path):
+    config = tmp_path / "mine.py"
+    config.write_text("batch_size = 6\n", encoding="utf-8")
+    namespace = {**DEFAULTS, "__file__": __file__}
+    configure(namespace, [str(config), "--learning-rate=1", "--wandb_log"])
+    refuse("here", "batch_size", "compile")
+    for name in ("learning_rate", "wandb_log"):
+        with pytest.raises(ConfigError, match=f"--{name} has no effect with --task=val; leave"):
+            refuse("with --task=val", "compile", name)
+    configure(namespace, [])
+    refuse("here", "learning_rate")

@@ -38,7 +38,7 @@ def write_corpus(path: Path) -> None:
 
     Several docstrings make a document, so that documents have OpenWebText's mean length.
     """
-    from data.sources import stdlib_documents
+    from data.stdlib import stdlib_documents
 
     texts, rng = list(stdlib_documents()), random.Random(0)
     with path.open("w", encoding="utf-8") as f:

@@ -5,19 +5,21 @@ Neither an interruption at any moment nor the number of workers changes a byte o
 
 import hashlib
 import json
-import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.workers import COPY, MARK, TokenFile, index_of, read_tokens, token_type
 from text.files import write
-from text.split import Ints, Split, split_parts, val_share
+from text.split import Ints, Split, cut_at, is_uneven, split_parts, val_share
 from text.tokenizer import Tokenizer
 
+NEAR = 4096  # tokens in which a new line is looked for, to cut a document there
 SYNC_SHARE = 0.02  # of train.bin may be on the disk twice while it grows
 
 
@@ -38,24 +40,26 @@ def assemble(
     dtype = token_type(tok.vocab_size)
     paths = [work / f"{number:05d}.bin" for number in facts]
     tables = [index_of(work, number, f) for number, f in facts.items()]
+    val_from = first_for_validation(facts.values())
     if limit:
-        tables = cut_tables(tables, limit)
-    documents = sum(map(len, tables))
+        tables = cut_tables(tables[:val_from], limit) + tables[len(tables[:val_from]) :]
+    documents = sum(map(len, tables[:val_from]))
     if documents == 0:
         raise ValueError("the source has no documents")
+    if val_from is not None and not sum(map(len, tables[val_from:])):
+        raise ValueError("the split for validation has no documents")
+    lengths = np.concatenate([table[:, 0] for table in tables])
     fraction = val_share(documents, fraction)
-    if documents == 1:
-        lone = [len(table) for table in tables].index(1)
-        length, size = tables[lone][0].tolist()
-        splits = split_one(work, paths[lone], length, size, tok, fraction)
-        return {"val_fraction": fraction, "splits": splits}
-    split = split_parts([table[:, 0] for table in tables], fraction, seed)
-
     marker = work / "assembly.json"  # from here on parts that are short or gone have been moved
     if not marker.exists():
         for path, one in zip(paths, facts.values(), strict=True):
             if path.stat().st_size != one["tokens"] * np.dtype(dtype).itemsize:
                 raise ValueError(f"{path} is damaged: delete {work}")
+    cut = cut_at(lengths, fraction, seed) if val_from is None else 0
+    if cut:
+        return {"val_fraction": fraction, "splits": split_end(work, paths, tables, tok, cut)}
+    split = split_parts([table[:, 0] for table in tables], fraction, seed, val_from)
+    if not marker.exists():
         write_val(work / "val.bin", paths, split, dtype)
         (work / "train.bin").write_bytes(b"")
         write(marker, b"{}", MARK)
@@ -64,11 +68,27 @@ def assemble(
     sizes = np.concatenate(tables)[:, 1]
     val_bytes = int(sizes[split.chosen].sum())
     known = {
-        "train": {"documents": documents - len(split.val), "bytes": int(sizes.sum()) - val_bytes},
+        "train": {
+            "documents": len(lengths) - len(split.val),
+            "bytes": int(sizes.sum()) - val_bytes,
+        },
         "val": {"documents": len(split.val), "bytes": val_bytes},
     }
     splits = {name: {**file_facts(work / f"{name}.bin", dtype), **known[name]} for name in known}
+    if val_from is not None:
+        return {"splits": splits}
+    if is_uneven(lengths, split.chosen, fraction):
+        share = lengths[split.chosen].sum() / lengths.sum()
+        print(
+            f"val.bin has {share:.2%} of the tokens, not {fraction:.2%}: documents differ in "
+            "length, and whole ones are taken; --val_fraction and --seed choose others"
+        )
     return {"val_fraction": fraction, "splits": splits}
+
+
+def first_for_validation(facts: Iterable[dict[str, Any]]) -> int | None:
+    """Which part is the first of a split that is for validation; None: it is cut from training."""
+    return next((i for i, f in enumerate(facts) if f["part"].get("val")), None)
 
 
 def cut_tables(tables: list[Ints], limit: int) -> list[Ints]:
@@ -152,48 +172,75 @@ def move_tokens(paths: list[Path], ranges: list[Ints], target: Path, dtype: str)
         moved.sync()
 
 
-def split_one(
-    work: Path, path: Path, length: int, size: int, tok: Tokenizer, fraction: float
+def split_end(
+    work: Path, paths: list[Path], tables: list[Ints], tok: Tokenizer, cut: int
 ) -> dict[str, Any]:
-    """Splits of a lone document of `length` tokens and `size` bytes: its end is for validation.
+    """Splits of few documents: what follows about `cut` tokens of all is for validation.
 
-    From a new line on if one is near, else between two characters. Its own file becomes train.bin.
-    Raises ValueError when it is too short.
+    Inside a document that is from a new line on if one is near, else between two characters, and
+    both sides end with end-of-text. Raises ValueError when there is too little to cut.
     """
-    dtype, tokens = token_type(tok.vocab_size), length - 1  # without end-of-text
+    dtype = token_type(tok.vocab_size)
     eot = np.array([tok.eot], dtype=dtype)
-    marker, train = work / "assembly.json", work / "train.bin"
+    marker, train, val = work / "assembly.json", work / "train.bin", work / "val.bin"
+    table = np.concatenate(tables)
+    ends = np.cumsum(table[:, 0])  # of each document, in tokens of the source
+    before = np.cumsum([0, *(int(t[:, 0].sum()) for t in tables)])  # of each part
     if not marker.exists():
-        cut = tokens - math.ceil(fraction * tokens)
-        near = [i for ids in read_tokens(path, dtype, cut, min(tokens, cut + 4096)) for i in ids]
-        texts = [tok.decode([token]) for token in near[:-1]]
-        ends = [i for i, t in enumerate(texts) if t.endswith("\n")]
-        ends += [i for i, t in enumerate(texts) if not t.endswith("\ufffd")]
-        if not ends:
-            raise ValueError("the source is one document of a word or two: too little to split")
-        cut += ends[0] + 1
-        val_bytes = 0
-        with TokenFile(work / "val.bin", dtype) as val:
-            for ids in read_tokens(path, dtype, cut, tokens):
-                val.write(ids)
+        document = int(np.searchsorted(ends, cut, "right"))
+        val_bytes = int(table[document:, 1].sum())
+        if cut not in ends:
+            last = int(ends[document]) - 1  # its end-of-text
+            near = tokens_from(paths, before, dtype, cut, min(last, cut + NEAR))
+            cut += place_to_cut(near, tok)
+            val_bytes -= int(table[document, 1])
+            for at in range(cut, last, COPY):
+                ids = tokens_from(paths, before, dtype, at, min(last, at + COPY))
                 val_bytes += sum(len(tok.token_bytes(i, False)) for i in ids.tolist())
-            val.write(eot)
-            val.sync()
+        with TokenFile(val, dtype) as file:
+            for at in range(cut, int(before[-1]), COPY):
+                file.write(tokens_from(paths, before, dtype, at, min(int(before[-1]), at + COPY)))
+            file.sync()
+        train.write_bytes(b"")
         write(marker, json.dumps({"cut": cut, "val_bytes": val_bytes}), MARK)
     made = json.loads(marker.read_bytes())
-    if path.exists():
-        with path.open("r+b") as file:
-            file.truncate(made["cut"] * eot.itemsize)
-            file.seek(0, os.SEEK_END)
-            file.write(eot.data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path, train)
-    sizes = {"train": size - made["val_bytes"], "val": made["val_bytes"]}
-    return {
-        name: {**file_facts(work / f"{name}.bin", dtype), "documents": 1, "bytes": nbytes}
-        for name, nbytes in sizes.items()
+    cut, val_bytes = made["cut"], made["val_bytes"]
+    kept = np.clip(cut - before[:-1], 0, np.diff(before))
+    ranges = [np.array([[0, n]] if n else np.zeros((0, 2)), dtype=np.int64) for n in kept]
+    move_tokens(paths, ranges, train, dtype)
+    inside = cut not in ends
+    with train.open("r+b") as out:
+        out.seek(cut * eot.itemsize)
+        if inside:
+            out.write(eot.data)
+        out.flush()
+        os.fsync(out.fileno())
+    whole = int(np.searchsorted(ends, cut, "right"))  # documents before the cut
+    known = {
+        "train": {"documents": whole + inside, "bytes": int(table[:, 1].sum()) - val_bytes},
+        "val": {"documents": len(table) - whole, "bytes": val_bytes},
     }
+    return {name: {**file_facts(work / f"{name}.bin", dtype), **known[name]} for name in known}
+
+
+def place_to_cut(near: NDArray[Any], tok: Tokenizer) -> int:
+    """How many tokens of a document's rest stay before a cut. Raises ValueError for a short one."""
+    texts = [tok.decode([token]) for token in near[:-1].tolist()]
+    places = [i for i, t in enumerate(texts) if t.endswith("\n")]
+    places += [i for i, t in enumerate(texts) if not t.endswith("\ufffd")]
+    if not places:
+        raise ValueError("the source is one document of a word or two: too little to split")
+    return places[0] + 1
+
+
+def tokens_from(paths: list[Path], before: Ints, dtype: str, start: int, stop: int) -> NDArray[Any]:
+    """Tokens start .. stop - 1 of parts laid end to end; before: where each begins, and the end."""
+    found = [np.zeros(0, dtype=dtype)]
+    for path, first, end in zip(paths, before[:-1].tolist(), before[1:].tolist(), strict=True):
+        a, b = max(start, first), min(stop, end)
+        if a < b:
+            found += read_tokens(path, dtype, a - first, b - first)
+    return np.concatenate(found)
 
 
 def file_facts(path: Path, dtype: str, skip: int = 0) -> dict[str, Any]:

@@ -18,11 +18,12 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,18 @@ import numpy as np
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository; it was data/
 
-from configurator import configure
+from configurator import configure, refuse
 from data import sources
 from data.assembly import assemble, publish
-from data.sources import FULL, Source
+from data.parts import FULL, Reading, Source, kind
+from data.readers import template_fields
+from data.sniff import OF_FILES, OF_HUB, check_separator, no_separator, refuse_unfit
 from data.verify import check_folder
 from data.vocabulary import train_bpe
 from data.workers import BATCH, MARK, Job, check_disk, cores, encode_parts, enough, facts_of
 from run import script
 from run.folder import Held, Lock
+from text import encoding as encodings
 from text.files import path_of, write
 from text.tokenizer import Tokenizer, get_tokenizer
 from text.tokens import dataset_folder
@@ -48,16 +52,19 @@ from text.tokens import dataset_folder
 source = "hub:Skylion007/openwebtext"  # hub:NAME, stdlib, a file, a folder, or a pattern with *
 dataset = ""  # name of the folder under data/ to write, or a path; empty = from the source
 tokenizer = "auto"  # gpt2, bytes, PATH of a tokenizer.json, train:8192; auto = gpt2, stdlib bytes
-text_column = "text"  # of .jsonl, .parquet and .arrow
-separator = ""  # between the documents of a .txt, such as <|endoftext|>; empty = a file is one
-subset = ""  # of a Hub dataset that has several
-split = "train"  # of a Hub dataset
+text_column = "text"  # of files of rows; dots lead inside: data.text
+template = ""  # several columns as one text, such as "{title}\\n\\n{text}"
+separator = ""  # between the documents of a text file, such as <|endoftext|>; empty = a file is one
+encoding = ""  # of text files, such as gb18030 or utf-8:replace; empty = UTF-8
+subset = ""  # of a dataset that has several, by its card or in the names of its files
+split = "train"  # of a dataset; all = every split is trained on
 revision = ""  # of a Hub dataset: branch, tag or commit; empty = the newest, which is recorded
 # how much
 max_tokens = ""  # stop after so many, such as 100M; empty = all
 shards = ""  # 0-7 or 0,3: only these files of the source; 2/8: the third of eight equal shares
 merge = False  # put together what --shards=0/8 ... 7/8 have made
 # split
+val_split = ""  # a split of the dataset to validate on; empty = a part of what is trained on
 val_fraction = 0.0  # of the documents; 0 = 0.0005 as nanoGPT, 0.05 below 100,000 documents
 seed = 2357  # of the split, nanoGPT's
 # how
@@ -66,6 +73,16 @@ skip_bad = False  # leave damaged files and documents out, and list them in meta
 overwrite = False  # throw away what is in the folder, complete or not
 verify = False  # only check the folder: counts, hashes, range of the ids; show some text
 
+OF_MAKING: tuple[str, ...] = (
+    "tokenizer",
+    "max_tokens",
+    "shards",
+    "merge",
+    "val_fraction",
+    "seed",
+    "num_proc",
+)
+OF_MAKING += ("skip_bad", "overwrite")
 LOCK_ATTEMPTS = 50  # of a share, a tenth of a second apart
 
 
@@ -81,7 +98,13 @@ def prepare(out: Path, name: str) -> None:
         print(f"{out} is complete already (--overwrite=True prepares it again)")
         return
 
-    found = sources.find(source, subset, split, (saved or {}).get("revision") or revision)
+    how = reading()
+    found = sources.find(source, how, subset, (saved or {}).get("revision") or revision, val_split)
+    refuse_unfit(source, found, how)
+    if not merge:
+        for line in found.said:
+            print(line)
+        check_separator(source, found, how)
     numbers, here = selected(found, shards, merge)
     anew = overwrite or bool(saved and saved.get("overwrite"))
     begun = {"plan": plan, "revision": found.revision, "overwrite": anew}
@@ -93,15 +116,17 @@ def prepare(out: Path, name: str) -> None:
 
     facts = {i: f for i in numbers if (f := facts_of(work, i, found.parts[i])) is not None}
     have = {i: int(f["tokens"]) for i, f in facts.items()}
-    todo = {i: found.parts[i] for i in here if i not in have}
-    if todo and not enough(have, limit, numbers):
-        processes = num_proc or cores()
-        check_disk(out, [*todo.values()], name, limit, processes)
-        job_name = tok.name if tok.json_text is None else "tokenizer.json"
-        job = Job(str(work), job_name, tok.json_text, text_column, separator, skip_bad, limit)
-        if (work / "assembly.json").exists():
-            raise ValueError(f"{source} has changed meanwhile; start over with --overwrite=True")
-        encode_parts(todo, have, job, processes, numbers)
+    train = [i for i in numbers if not found.parts[i].val]
+    for chosen, most in ((train, limit), ([i for i in numbers if i not in train], 0)):
+        todo = {i: found.parts[i] for i in chosen if i in here and i not in have}
+        if todo and not enough(have, most, chosen):
+            processes = num_proc or cores()
+            check_disk(out, [*todo.values()], name, most, processes)
+            job_name = tok.name if tok.json_text is None else "tokenizer.json"
+            job = Job(str(work), job_name, tok.json_text, how, skip_bad, most)
+            if (work / "assembly.json").exists():
+                raise ValueError(f"{source} has changed meanwhile; add --overwrite=True")
+            encode_parts(todo, have, job, processes, chosen)
 
     meta = description(found, tok, name)
     if "/" in shards:
@@ -113,8 +138,9 @@ def prepare(out: Path, name: str) -> None:
         )
         return
     if limit:
-        total = np.cumsum([have.get(i, 0) for i in numbers])
-        numbers = numbers[: int(np.searchsorted(total, limit)) + 1]
+        total = np.cumsum([have.get(i, 0) for i in train])
+        used = train[: int(np.searchsorted(total, limit)) + 1]
+        numbers = [*used, *(i for i in numbers if found.parts[i].val)]
     missing = [i for i in numbers if i not in have]
     if missing:
         raise ValueError(
@@ -124,10 +150,28 @@ def prepare(out: Path, name: str) -> None:
     finish(out, numbers, found, tok, meta, limit)
 
 
+def reading() -> Reading:
+    """The settings that say how texts are read. Raises ValueError for one that cannot be."""
+    if encoding:
+        encodings.check(encoding)
+    how = Reading(text_column, unescaped(template), unescaped(separator), encoding, split)
+    if template:
+        template_fields(how.template)
+    return how
+
+
+def unescaped(text: str) -> str:
+    """A text as a person types it: \\n is a new line, \\t a tab, and a backslash is two."""
+    known = {"\\n": "\n", "\\t": "\t", "\\\\": "\\", "\\r\\n": "\n", "\r\n": "\n"}
+    return re.sub(r"\\r\\n|\r\n|\\[nt\\]", lambda m: known[m[0]], text)
+
+
 def request(name: str) -> dict[str, Any]:
-    """The settings that a dataset's bytes depend on."""
+    """The settings that a dataset's bytes depend on; some only where they are set."""
     what = {"source": source, "subset": subset, "split": split, "revision": revision}
     what |= {"tokenizer": name, "text_column": text_column, "separator": separator}
+    newer = {"template": template, "encoding": encoding, "val_split": val_split}
+    what |= {k: v for k, v in newer.items() if v}  # datasets of before do not have them
     amount = {"max_tokens": max_tokens, "shards": "" if "/" in shards else shards}
     return {**what, **amount, "val_fraction": val_fraction, "seed": seed}
 
@@ -192,7 +236,8 @@ def selected(found: Source, chosen: str, merging: bool) -> tuple[list[int], list
         raise ValueError(f"shards must be like 0-7, 0,3 or 2/8, not {chosen!r}") from e
     if not files or max(files) >= found.shards:
         raise ValueError(f"shards={chosen}, but the source has shards 0-{found.shards - 1}")
-    numbers = [i for i in numbers if found.parts[i].shard in files]
+    parts = found.parts
+    numbers = [i for i in numbers if parts[i].val or parts[i].shard in files]
     return numbers, [] if merging else numbers
 
 
@@ -217,7 +262,7 @@ def load_tokenizer(name: str, found: Source, work: Path) -> Tokenizer:
             raise ValueError(f"tokenizer must be like train:8192, not {name!r}")
         if not kept.exists():
             folder = work / "tokenizer.hub"
-            text = train_bpe(found, int(name[6:]), text_column, separator, folder, skip_bad)
+            text = train_bpe(found, int(name[6:]), reading(), folder, skip_bad)
             write(kept, text, MARK)
         return get_tokenizer(str(kept))
     tok = get_tokenizer(str(path_of(name)) if name.endswith(".json") else name)
@@ -263,9 +308,13 @@ def finish(
     facts = {i: f for i in numbers if (f := facts_of(work, i, found.parts[i])) is not None}
     assert len(facts) == len(numbers)
     skipped = [f["skipped"] for f in facts.values() if f["skipped"]["count"]]
-    tokens = sum(f["tokens"] for f in facts.values())
+    tokens = sum(f["tokens"] for i, f in facts.items() if not found.parts[i].val)
     meta["partial"] = len(numbers) < len(found.parts) or bool(limit and tokens > limit)
     meta["skipped"] = skipped
+    notes = noted(facts.values())
+    if separator and source != "stdlib" and not notes.pop("separators", None):
+        raise no_separator(source, reading())
+    meta["left_out"] = found.left_out | {why: note["count"] for why, note in notes.items()}
     meta |= assemble(work, facts, tok, limit, val_fraction, seed)
     write(work / "meta.json", json.dumps(meta, indent=2) + "\n", MARK)
     publish(out)
@@ -277,8 +326,21 @@ def finish(
         )
     for one in skipped:
         print(f"left out {one['count']}: {'; '.join(one['first'][:3])}")
+    for why, note in notes.items():
+        print(f"left out {note['count']} {why}: {', '.join(note['first'][:3])}")
     for s, f in meta["splits"].items():
         print(f"{out / s}.bin: {f['tokens']:,} tokens, {f['documents']:,} documents")
+
+
+def noted(facts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The notes of all parts together: how many of each kind, and the first by name."""
+    notes: dict[str, dict[str, Any]] = {}
+    for one in facts:
+        for why, note in one.get("notes", {}).items():
+            kept = notes.setdefault(why, {"count": 0, "first": []})
+            kept["count"] += note["count"]
+            kept["first"] += note["first"]
+    return notes
 
 
 @contextlib.contextmanager
@@ -343,14 +405,23 @@ def dataset_name() -> str:
     while glob.has_magic(where.name):
         where = where.parent
     stem = (where if source.startswith("hub:") else where.resolve()).name
-    return stem.removesuffix(sources.kind(stem) or "") or "data"
+    return stem.removesuffix(stem[len(stem) - len(kind(stem) or "") :]) or "data"
 
 
 @with_a_way_on()
 def main() -> None:
     out = dataset_folder(dataset or dataset_name())
     if verify:
+        refuse("with --verify=True", *OF_FILES, *OF_HUB, *OF_MAKING)
         return check_folder(out)
+    if merge:
+        refuse("with --merge=True, which reads no text", "num_proc", "skip_bad", "overwrite")
+        if "/" in shards:
+            raise ValueError("--merge=True takes all shares: leave --shards out")
+    if val_split:
+        refuse("beside --val_split", "val_fraction", "seed")
+    if num_proc < 0:
+        raise ValueError(f"num_proc must be at least 0, not {num_proc}")
     if overwrite and "/" in shards:
         raise ValueError(
             f"--overwrite=True would delete what other shares have made; delete {out} by hand, once"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data import sources
-from data.sources import BadData, Part, text_size
+from data import readers
+from data.parts import BadData, Note, Part, Reading, identity, text_size
 from text.files import replacing, write
 from text.split import Ints
 from text.tokenizer import Tokenizer, get_tokenizer
@@ -42,8 +42,7 @@ class Job:
     work: str  # folder of the parts
     tokenizer: str
     json_text: str | None
-    column: str
-    separator: str
+    reading: Reading
     skip_bad: bool
     limit: int  # tokens after which a part may end
 
@@ -152,21 +151,24 @@ def encode_part(number: int, part: Part, job: Job) -> int:
     assert tok is not None
     stem = Path(job.work, f"{number:05d}")
     skipped: dict[str, Any] = {"count": 0, "first": []}
+    notes: dict[str, dict[str, Any]] = {}
+    reading = replace(job.reading, split="all") if part.val else job.reading
     with replacing(stem.with_suffix(".bin"), MARK) as temp:
         with TokenFile(temp, token_type(tok.vocab_size)) as out:
             writer = PartWriter(tok, out)
-            folder = stem.with_suffix(".hub")
-            for document in sources.documents(part, job.column, job.separator, folder):
+            for document in readers.documents(part, reading, stem.with_suffix(".hub")):
                 try:
                     if isinstance(document, BadData):
                         raise document
-                    if isinstance(document, str):
+                    if isinstance(document, Note):
+                        add_note(notes, document)
+                    elif isinstance(document, str):
                         writer.add(document)
                     else:
                         writer.add_long(document)
                 except BadData as e:
                     if not job.skip_bad:
-                        raise
+                        raise BadData(f"{e} (--skip_bad=True leaves it out)") from e
                     skipped["count"] += 1
                     skipped["first"] = [*skipped["first"], str(e)][:LISTED]
                 if job.limit and out.tokens >= job.limit:
@@ -176,9 +178,16 @@ def encode_part(number: int, part: Part, job: Job) -> int:
         kind = np.min_scalar_type(int(table.max(initial=0))).newbyteorder("<").str
         write(stem.with_suffix(".index"), table.astype(kind).tobytes(), MARK)
     facts = {"part": identity(part), "documents": len(table), "tokens": out.tokens}
-    facts |= {"index": kind, "width": out.dtype.itemsize, "skipped": skipped}
+    facts |= {"index": kind, "width": out.dtype.itemsize, "skipped": skipped, "notes": notes}
     write(stem.with_suffix(".json"), json.dumps(facts), MARK)
     return out.tokens
+
+
+def add_note(notes: dict[str, dict[str, Any]], note: Note) -> None:
+    """Count a note among those of its kind, the first few by name."""
+    kept = notes.setdefault(note.what, {"count": 0, "first": []})
+    kept["count"] += 1
+    kept["first"] = [*kept["first"], note.name][:LISTED]
 
 
 def count(documents: int, text_bytes: int, tokens: int) -> None:
@@ -330,11 +339,6 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-
-
-def identity(part: Part) -> Any:
-    """What must be the same for a finished part to be used again, as JSON holds it."""
-    return json.loads(json.dumps(asdict(part)))
 
 
 def facts_of(work: Path, number: int, part: Part) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from data import prepare, sources
+from data import prepare, readers
 from text.tokenizer import get_tokenizer
 from text.tokens import TokenData
 
@@ -194,7 +194,8 @@ def test_a_complete_folder_is_left_alone(script, tmp_path):
         ("a.jsonl", b"", ["no documents"]),
         ("a.txt", b"abc \xff", ["a.txt", "UTF-8", "byte 4"]),
         ("a.parquet", b"PAR1 not really", ["a.parquet"]),
-        ("a.csv", b"x", [".txt", ".jsonl"]),
+        ("a.pdf", b"x", [".txt", ".jsonl"]),
+        ("a.csv", b"x", ["a.csv", "'text'", "x", "--text_column"]),
         ("nothing", None, ["nothing"]),
     ],
 )
@@ -315,7 +316,7 @@ def test_ctrl_c_says_how_to_go_on(script, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl")
     flags = [f"--source={tmp_path / 'a.jsonl'}", f"--dataset={tmp_path / 'out'}"]
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "documents", interrupted)
+        patch.setattr(readers, "documents", interrupted)
         result = script("data/prepare.py", *flags)
     assert result.code == 130
     assert result.err == "prepare.py: interrupted; the same command goes on from here\n"

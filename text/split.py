@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
+MANY = 1000  # documents from which on the split is nanoGPT's, whatever they weigh
+LEAST = 100  # tokens for validation below which no document is cut for their sake
+SMALL_SHARE = 0.01  # of the tokens, which validation may have whatever was asked for
+
 
 class Split(NamedTuple):
     """Where the tokens of both splits lie: rows of part, first token in the part, and end."""
@@ -35,14 +39,45 @@ def val_documents(documents: int, fraction: float, seed: int) -> Ints:
     return order[: min(max(1, math.ceil(fraction * documents)), documents - 1)]
 
 
-def split_parts(lengths: list[Ints], fraction: float, seed: int) -> Split:
+def is_uneven(lengths: Ints, chosen: Ints, fraction: float) -> bool:
+    """Whether the chosen documents have far more or less than their share of the tokens."""
+    share = lengths[chosen].sum() / lengths.sum()
+    return bool(share > max(2 * fraction, SMALL_SHARE) or share < fraction / 2)
+
+
+def cut_at(lengths: Ints, fraction: float, seed: int) -> int:
+    """Where a source of few and very unequal documents is cut by tokens; 0: split by documents.
+
+    lengths: tokens of each document. What follows that many tokens of the source is for
+    validation. It is an edge between two documents where there is one near.
+    """
+    documents = len(lengths)
+    total = int(lengths.sum()) - documents  # without end-of-text
+    wanted = math.ceil(fraction * total)
+    if documents > 1:
+        if documents >= MANY or wanted < LEAST:
+            return 0
+        if not is_uneven(lengths, val_documents(documents, fraction, seed), fraction):
+            return 0
+    edges = np.cumsum(lengths)[:-1]
+    near = edges[np.abs(edges - (total - wanted)) <= wanted / 2]
+    return int(near[-1]) if len(near) else total - wanted
+
+
+def split_parts(
+    lengths: list[Ints], fraction: float, seed: int, val_from: int | None = None
+) -> Split:
     """The split of a source whose parts hold documents of `lengths` tokens, (documents,) a part.
 
+    val_from: the first of the parts that are for validation as they are; None: it is chosen.
     Training documents stay in the source's order: the loader shuffles.
     """
     first = np.cumsum([0] + [len(part) for part in lengths])  # document of each part, and the end
     edges = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])  # tokens before a document
-    chosen = val_documents(int(first[-1]), fraction, seed)
+    if val_from is None:
+        chosen = val_documents(int(first[-1]), fraction, seed)
+    else:
+        chosen = np.arange(first[val_from], first[-1])
     cuts = np.unique(np.concatenate([chosen, chosen + 1, first]))
     kept = ~np.isin(cuts[:-1], chosen)
     val = in_parts(chosen, chosen + 1, first, edges)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from text.files import path_of
 from text.foreign import SCAN, check_finished, check_foreign, open_tokens
-from text.split import split_parts, val_share
+from text.split import cut_at, split_parts, val_share
 
 Ints = NDArray[np.int64]
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -106,25 +106,36 @@ def unmerged(folder: Path, split: str, meta: dict[str, Any]) -> tuple[list[Piece
             "run the other --shards=I/N of data/prepare.py"
         )
     parts = [open_part(stem, meta["dtype"]) for stem in stems]
-    sizes = np.concatenate([table[:, 1] for _, table in parts])  # bytes of each document
-    documents = len(sizes)
+    sizes = np.concatenate([part.table[:, 1] for part in parts])  # bytes of each document
+    lengths = [part.table[:, 0] for part in parts]
+    val_from = next((i for i, part in enumerate(parts) if part.val), None)
+    documents = sum(map(len, lengths[:val_from]))
     if documents < 2:
         raise ValueError(f"{work} holds {documents} documents; to split one takes --merge=True")
     fraction = val_share(documents, meta["val_fraction"])
-    where = split_parts([table[:, 0] for _, table in parts], fraction, meta["split_seed"])
+    if val_from is None and cut_at(np.concatenate(lengths), fraction, meta["split_seed"]):
+        raise ValueError(
+            f"{work} holds few documents of very unequal length; to split them takes --merge=True"
+        )
+    where = split_parts(lengths, fraction, meta["split_seed"], val_from)
     pieces = [
-        Piece(stems[part].with_suffix(".bin"), start, parts[part][0][start:end])
+        Piece(stems[part].with_suffix(".bin"), start, parts[part].ids[start:end])
         for part, start, end in (where.val if split == "val" else where.train).tolist()
     ]
     val_bytes = int(sizes[where.chosen].sum())
     return pieces, val_bytes if split == "val" else int(sizes.sum()) - val_bytes
 
 
-def open_part(stem: Path, dtype: str) -> tuple[NDArray[Any], Ints]:
-    """A part's tokens, (tokens,), and tokens and UTF-8 bytes of its documents, (documents, 2).
+class OpenPart(NamedTuple):
+    """A part that data/prepare.py has made."""
 
-    Raises ValueError when its files do not fit together.
-    """
+    ids: NDArray[Any]  # (tokens,)
+    table: Ints  # (documents, 2): tokens and UTF-8 bytes of each
+    val: bool  # of a split that is for validation as it is
+
+
+def open_part(stem: Path, dtype: str) -> OpenPart:
+    """The files of a part. Raises ValueError when they do not fit together."""
     path = stem.with_suffix(".bin")
     try:
         facts = json.loads(stem.with_suffix(".json").read_bytes())
@@ -133,11 +144,12 @@ def open_part(stem: Path, dtype: str) -> tuple[NDArray[Any], Ints]:
         ids = open_tokens(path, dtype) if facts["tokens"] else np.zeros(0, dtype)
         if not len(ids) == facts["tokens"] == table[:, 0].sum():
             raise ValueError("another length than its .json or .index says")
+        val = bool(facts["part"].get("val"))
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(
             f"{path} is damaged ({e}); delete {stem}.json and run its --shards=I/N again"
         ) from e
-    return ids, table
+    return OpenPart(ids, table, val)
 
 
 class TokenData:

@@ -1,0 +1,588 @@
+"""The texts of one part of a source, whatever kind of file they are in."""
+
+import csv
+import functools
+import io
+import itertools
+import json
+import re
+import shutil
+import string
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data import archives, splits
+from data.archives import BLOCK
+from data.hub import fetch
+from data.parts import (
+    DAMAGE,
+    MIB,
+    BadData,
+    Note,
+    Part,
+    Reading,
+    WrongSetting,
+    content,
+    is_hidden,
+    kind,
+    suffix_of,
+)
+from data.stdlib import stdlib_documents
+from text import encoding
+from text.files import utf8_decoder
+
+MAX_LINE = 64 * MIB  # bytes of one .jsonl line, or of one text of a .parquet or .arrow
+MAX_MEMBER = 16 * MIB  # bytes of one text of OpenWebText's archives
+IN_ARCHIVES = ("text", "lines", "json", "table", "tar")  # what can be read as a stream
+
+# What a reader yields: a text, a text in blocks (a long file), damage, or a note.
+Document = str | Iterator[str] | BadData | Note
+
+
+def documents(part: Part, reading: Reading, folder: Path) -> Iterator[Document]:
+    """The documents of a part in order, damage and notes among them.
+
+    Reading goes on after a bad document, and with the next file after a damaged one. `folder` is
+    where a Hub file is put; it is deleted when it has been read. Raises ValueError when the
+    column is not there, FileNotFoundError, and OSError when a download fails.
+    """
+    if not part.files:
+        yield from stdlib_documents()
+    elif part.repo:
+        path, ours = fetch(part, folder)
+        yield from file_documents(replace(part, files=(str(path),)), str(path), reading)
+        if ours:
+            assert folder.suffix == ".hub", "made for this and nothing else"
+            shutil.rmtree(folder, ignore_errors=True)
+    else:
+        for file in part.files:
+            yield from file_documents(part, file, reading)
+
+
+def file_documents(part: Part, file: str, reading: Reading) -> Iterator[Document]:
+    """The documents of one file; see `documents`."""
+    what = content(file)
+    try:
+        if what == "parquet":
+            yield from parquet_documents(file, reading, part.start, part.end)
+        elif what == "arrow":
+            yield from arrow_documents(file, reading)
+        elif what == "zip":
+            yield from zip_documents(file, reading)
+        else:
+            with archives.unpacked(file) as f:
+                yield from stream_documents(f, file, reading, part.start, part.end)
+    except (FileNotFoundError, PermissionError, WrongSetting):
+        raise
+    except DAMAGE as e:
+        yield damage(file, e)
+
+
+def stream_documents(
+    f: io.BufferedIOBase, where: str, reading: Reading, start: int = 0, end: int = 0
+) -> Iterator[Document]:
+    """The documents of an unpacked stream, by the name that `where` ends with."""
+    what = content(where)
+    if what == "tar":
+        cleaned = kind(where) == ".xz"  # a piece of OpenWebText's own download
+        yield from tar_documents(f, where, reading, cleaned)
+        return
+    if reading.encoding:
+        f = io.BufferedReader(encoding.AsUtf8(f, reading.encoding, where))
+    if what == "text":
+        yield from text_documents(f, where, reading.separator)
+    elif what == "lines":
+        yield from lines_documents(f, where, reading, start, end)
+    elif what == "json":
+        yield from json_documents(f, where, reading)
+    else:
+        yield from table_documents(f, where, reading)
+
+
+def damage(where: str, e: Exception) -> BadData:
+    """An error of a library as one line that names the file."""
+    if isinstance(e, BadData):
+        return e
+    text = " ".join(str(e).split()) or type(e).__name__
+    return BadData(f"{where} is damaged or truncated: {text[:200]}")
+
+
+# --- text
+
+
+def text_documents(f: io.BufferedIOBase, where: str, separator: str) -> Iterator[Document]:
+    """A text file is one document, or several with `separator` between them."""
+    blocks = text_blocks(f, where)
+    if separator:
+        yield from separated(blocks, where, separator)
+        return
+    try:
+        head = list(itertools.islice(blocks, 2))
+    except DAMAGE as e:
+        yield damage(where, e)
+        return
+    yield "".join(head) if len(head) < 2 else itertools.chain(head, blocks)
+
+
+def text_blocks(f: io.BufferedIOBase, where: str) -> Iterator[str]:
+    """UTF-8 text in blocks, without a byte order mark, newlines as \\n. Raises BadData."""
+    utf8 = utf8_decoder()
+    seen = 0
+    while True:
+        try:
+            data = f.read(BLOCK)
+            seen += len(data)
+            text = utf8.decode(data, final=not data)
+        except UnicodeDecodeError as e:
+            place = seen - len(e.object) + e.start
+            raise BadData(
+                f"{where} is not UTF-8 text ({e.reason} at byte {place}){encoding.hint(e.object)}"
+            ) from e
+        except DAMAGE as e:
+            raise damage(where, e) from e
+        if text:
+            yield text
+        if not data:
+            return
+
+
+def separated(blocks: Iterable[str], where: str, separator: str) -> Iterator[Document]:
+    """Texts between separators, blank lines around them taken off, empty ones left out."""
+    rest, found = "", False
+    for block in blocks:
+        *texts, rest = (rest + block).split(separator)
+        if texts and not found:
+            found = True
+            yield Note("separators", where)
+        if len(rest) > MAX_LINE:
+            raise BadData(
+                f"{where}: a text of more than {MAX_LINE // MIB} MiB without the separator "
+                f"{separator!r}"
+            )
+        yield from (text for text in (t.strip("\n") for t in texts) if text)
+    if rest.strip("\n"):
+        yield rest.strip("\n")
+
+
+# --- rows
+
+
+@functools.cache
+def template_fields(template: str) -> list[tuple[str, str | None]]:
+    """(text, column behind it or None) of a template such as "{title}\\n\\n{text}".
+
+    Raises ValueError for one that is not only columns in braces.
+    """
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as e:
+        raise ValueError(f"template {template!r}: {e}; write a brace of the text twice") from e
+    if not any(name for _, name, _, _ in parsed):
+        raise ValueError(f"template {template!r} has no column in braces, such as {{text}}")
+    for _, name, form, conversion in parsed:
+        if name == "" or form or conversion:
+            raise ValueError(f"template {template!r}: braces hold the name of a column, no more")
+    return [(text, name) for text, name, _, _ in parsed]
+
+
+def columns(reading: Reading) -> list[str]:
+    """The columns that a row's text is made of."""
+    if not reading.template:
+        return [reading.column]
+    return [name for _, name in template_fields(reading.template) if name]
+
+
+def text_of(row: Any, reading: Reading, where: str) -> str:
+    """The text of a row, which may itself be one. Raises BadData for null and what is no text."""
+    if not reading.template:
+        value = row if isinstance(row, str) else value_in(row, reading.column, where)
+        if isinstance(value, str):
+            return value
+        raise BadData(f"{where}: {named(value)} instead of text in column {reading.column!r}")
+    pieces = []
+    for text, name in template_fields(reading.template):
+        pieces.append(text)
+        if name:
+            value = value_in(row, name, where)
+            if not isinstance(value, str | int | float):
+                raise BadData(f"{where}: {named(value)} instead of text in column {name!r}")
+            pieces.append(str(value))
+    return "".join(pieces)
+
+
+def named(value: Any) -> str:
+    """What kind of thing a value is, for people."""
+    kinds = {type(None): "null", list: "a list", dict: "an object", bool: "true or false"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else "no text")
+
+
+def value_in(row: Any, column: str, where: str) -> Any:
+    """The value in a column, or at a path with dots. Raises BadData where there is none."""
+    if isinstance(row, dict) and column in row:
+        return row[column]
+    value = row
+    for name in column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            there = ", ".join(map(str, row)) if isinstance(row, dict) else named(row)
+            raise BadData(
+                f"{where}: no text in column {column!r} (there: {there[:200]}); set --text_column"
+            )
+        value = value[name]
+    return value
+
+
+def lines_documents(
+    f: io.BufferedIOBase, where: str, reading: Reading, start: int, end: int
+) -> Iterator[Document]:
+    """One document a line, of the lines that begin in bytes start .. end - 1; blank ones left out.
+
+    Lone surrogates (\\ud800 in JSON) become U+FFFD when they are encoded.
+    """
+    at, number = start, 0
+    if start:  # the line that the byte before belongs to is the previous part's
+        f.seek(start - 1)
+        at = start - 1 + skip_line(f, end - start + 1)
+    while not end or at < end:
+        line = f.readline(MAX_LINE + 1)
+        if not line:
+            return
+        at, number = at + len(line), number + 1
+        if len(line) > MAX_LINE:
+            at += skip_line(f)
+            yield BadData(
+                f"{line_name(where, start, number)}: a line of more than {MAX_LINE // MIB} MiB; "
+                "very long texts are read in pieces from .txt files"
+            )
+        elif line.strip():
+            yield line_document(line, where, start, number, reading)
+
+
+def line_document(
+    line: bytes, where: str, start: int, number: int, reading: Reading
+) -> str | BadData:
+    """The text of a line of JSON, the number-th of a part that begins at byte `start`."""
+    try:
+        return text_of(json.loads(line), reading, where)
+    except BadData as e:
+        return BadData(str(e).replace(where, line_name(where, start, number), 1))
+    except UnicodeDecodeError as e:
+        what = f"not UTF-8 text ({e.reason}){encoding.hint(line)}"
+        return BadData(f"{line_name(where, start, number)}: {what}")
+    except (ValueError, RecursionError) as e:
+        return BadData(f"{line_name(where, start, number)}: not JSON ({e})")
+
+
+def skip_line(f: io.BufferedIOBase, enough: float = float("inf")) -> int:
+    """Read to the end of the line, or so far that at least `enough` bytes are read: how many."""
+    read = 0
+    while (piece := f.readline(MIB)) and not piece.endswith(b"\n"):
+        read += len(piece)
+        if read >= enough:
+            return read
+    return read + len(piece)
+
+
+def line_name(file: str, start: int, number: int) -> str:
+    """ "FILE line N" of the number-th line read by a part that begins at byte `start`."""
+    return f"{file} line {number + lines_before(file, start) if start else number}"
+
+
+@functools.lru_cache(1)
+def lines_before(file: str, start: int) -> int:
+    """Lines of a file that begin before byte `start`."""
+    lines, left = 0, start - 1
+    with open(file, "rb") as f:
+        while left and (block := f.read(min(MIB, left))):
+            lines, left = lines + block.count(b"\n"), left - len(block)
+    return lines + 1
+
+
+def json_documents(f: io.BufferedIOBase, where: str, reading: Reading) -> Iterator[Document]:
+    """The rows of a .json: one array of them, or one after another, a line each or not."""
+    assert isinstance(f, io.BufferedReader)
+    head = f.peek(1).removeprefix(b"\xef\xbb\xbf").lstrip()
+    first = head.split(b"\n", 1)[0]
+    try:
+        lines = first[:1] != b"[" and (first == head or json.loads(first) is not None)
+    except (ValueError, RecursionError):
+        lines = False
+    if lines:
+        yield from lines_documents(f, where, reading, 0, 0)
+        return
+    for number, row in enumerate(json_values(text_blocks(f, where), where), 1):
+        try:
+            yield text_of(row, reading, f"{where} row {number}")
+        except BadData as e:
+            yield e
+
+
+def json_values(blocks: Iterable[str], where: str) -> Iterator[Any]:
+    """The values of an array, or values one after another, as they come. Raises BadData."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
+    rest, wanted, array, ended = "", 0, None, False
+    for block in itertools.chain(blocks, [""]):
+        rest += block
+        if block and len(rest) < wanted:
+            continue
+        at = end_of(blank, rest, 0)
+        if array is None and at < len(rest):
+            array = rest[at] == "["
+            at = end_of(blank, rest, at + 1) if array else at
+        while at < len(rest):
+            if ended:
+                raise BadData(f"{where} is not JSON: something follows the end of its array")
+            if array and rest[at] == "]":
+                ended, at = True, end_of(blank, rest, at + 1)
+                continue
+            try:
+                value, stop = decoder.raw_decode(rest, at)
+            except (ValueError, RecursionError) as e:
+                if block and isinstance(e, ValueError) and len(rest) - at <= MAX_LINE:
+                    break  # the rest of it may come
+                raise BadData(f"{where} is not JSON ({e})") from e
+            if block and stop == len(rest):
+                break  # a number may go on
+            yield value
+            at = end_of(blank, rest, stop)
+        rest = rest[at:]
+        wanted = 2 * len(rest)
+    if array and not ended:
+        raise BadData(f"{where} is truncated: its array has no end")
+
+
+def end_of(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """Where a match that begins at a place ends."""
+    match = pattern.match(text, at)
+    return match.end() if match else at
+
+
+def table_documents(f: io.BufferedIOBase, where: str, reading: Reading) -> Iterator[Document]:
+    """The rows of a .csv or .tsv, whose first line names the columns."""
+    csv.field_size_limit(MAX_LINE)
+    lines = text_lines(text_blocks(f, where), where)
+    first = next(lines, "")
+    usual = "\t,;" if ".tsv" in (kind(where) or "") else ",;\t"
+    delimiter = next((d for d in usual if d in first), usual[0])
+    rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+    try:
+        names = next(rows)
+    except (StopIteration, csv.Error) as e:
+        raise BadData(f"{where} has no line with the names of its columns") from e
+    for column in columns(reading):
+        if names.count(column) != 1:
+            problem = "has no column" if column not in names else "has several columns"
+            raise WrongSetting(
+                f"{where} {problem} {column!r}; it has {', '.join(names)[:200]}: set --text_column"
+            )
+    while True:
+        try:
+            row = next(rows)
+            if row and len(row) != len(names):
+                yield BadData(f"{where} line {rows.line_num}: {len(row)} fields, not {len(names)}")
+            elif row:
+                yield text_of(dict(zip(names, row, strict=True)), reading, where)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            yield BadData(f"{where} line {rows.line_num} is not a row: {e}")
+
+
+def text_lines(blocks: Iterable[str], where: str) -> Iterator[str]:
+    """The lines of a text, each with its newline. Raises BadData for one that is too long."""
+    rest = ""
+    for block in blocks:
+        *lines, rest = (rest + block).split("\n")
+        if len(rest) > MAX_LINE:
+            raise BadData(f"{where}: a line of more than {MAX_LINE // MIB} MiB")
+        for line in lines:
+            yield line + "\n"
+    if rest:
+        yield rest
+
+
+# --- Arrow
+
+
+def parquet_documents(file: str, reading: Reading, start: int, end: int) -> Iterator[Document]:
+    """The texts of row groups start .. end - 1, about 16 MiB in memory at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        names = check_columns(file, reading, pyarrow.parquet.read_schema(file))
+        # as a dictionary a text that is repeated is in memory once, however hostile the file
+        with pyarrow.parquet.ParquetFile(file, read_dictionary=names) as table:
+            number = sum(table.metadata.row_group(i).num_rows for i in range(start))
+            for i in range(start, end or table.num_row_groups):
+                group = table.metadata.row_group(i)
+                row_bytes = group.total_byte_size // max(1, group.num_rows) + 1
+                rows = min(1000, max(1, 16 * MIB // row_bytes))
+                wanted: dict[str, Any] = {"columns": names, "row_groups": [i]}
+                for batch in table.iter_batches(rows, use_threads=False, **wanted):
+                    yield from batch_documents(batch, file, reading, number)
+                    number += batch.num_rows
+    except pyarrow.ArrowException as e:
+        raise damage(file, e) from e
+
+
+def arrow_documents(file: str, reading: Reading) -> Iterator[Document]:
+    """The texts of an Arrow file, as datasets.save_to_disk writes it (stream) or pyarrow (file)."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(file) as memory:
+            try:
+                reader = pyarrow.ipc.open_stream(memory)
+                batches: Iterable[Any] = reader
+            except pyarrow.ArrowInvalid:
+                reader = pyarrow.ipc.open_file(memory)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            names, number = check_columns(file, reading, reader.schema), 0
+            tops = list(dict.fromkeys(top_of(reader.schema, name) for name in names))
+            for batch in batches:
+                batch = batch.select(tops)
+                for values in batch.columns:
+                    # offsets that lead out of the file would crash the process; as bytes, so that
+                    # text that is not UTF-8 is one bad row and not a bad file
+                    raw = {pyarrow.string(): pyarrow.binary()}.get(values.type)
+                    raw = {pyarrow.large_string(): pyarrow.large_binary()}.get(values.type, raw)
+                    (values.view(raw) if raw else values).validate(full=True)
+                yield from batch_documents(batch, file, reading, number)
+                number += batch.num_rows
+    except pyarrow.ArrowException as e:
+        raise damage(file, e) from e
+
+
+def top_of(schema: Any, column: str) -> str:
+    """The column that holds a column with dots in its name, or is called so."""
+    return column if column in schema.names else column.split(".")[0]
+
+
+def is_text(what: Any) -> bool:
+    """Whether an Arrow type is one of text."""
+    import pyarrow.types as kinds
+
+    what = what.value_type if kinds.is_dictionary(what) else what
+    return bool(kinds.is_string(what) or kinds.is_large_string(what) or kinds.is_string_view(what))
+
+
+def check_columns(file: str, reading: Reading, schema: Any) -> list[str]:
+    """The columns that are read. Raises WrongSetting for one that is not there or holds no text."""
+    import pyarrow.types as kinds
+
+    texts = ", ".join(f.name for f in schema if is_text(f.type)) or "none"
+    names = columns(reading)
+    for name in names:
+        top, *below = [name] if name in schema.names else name.split(".")
+        if top not in schema.names:
+            raise WrongSetting(
+                f"{file} has no column {name!r}; it has {', '.join(schema.names)[:200]}: "
+                "set --text_column"
+            )
+        what = schema.field(top).type
+        for step in below:
+            inside = [what.field(i).name for i in range(what.num_fields)]
+            if not kinds.is_struct(what) or step not in inside:
+                raise WrongSetting(
+                    f"{file} has no column {name!r}; {top} is {str(what)[:200]}: set --text_column"
+                )
+            what = what.field(inside.index(step)).type
+        plain = is_text(what) or (reading.template and kinds.is_primitive(what))
+        if not plain:
+            raise WrongSetting(
+                f"{file}: column {name!r} holds {str(what)[:200]}, not text; columns of text: "
+                f"{texts}: set --text_column"
+            )
+    return names
+
+
+def batch_documents(batch: Any, file: str, reading: Reading, number: int) -> Iterator[Document]:
+    """The texts of a batch of rows, one in memory at a time; what is not text is damage.
+
+    number: rows of the file before it.
+    """
+    names = batch.schema.names
+    for values in zip(*batch.columns, strict=True):
+        number += 1
+        where = f"{file} row {number}"
+        try:
+            row = {name: value.as_py() for name, value in zip(names, values, strict=True)}
+            text = text_of(row, reading, where)
+        except UnicodeDecodeError:
+            yield BadData(f"{where}: not UTF-8 text")
+        except BadData as e:
+            yield e
+        else:
+            if len(text) > MAX_LINE:
+                yield BadData(f"{where}: {len(text) // MIB} MiB of text, more than is read")
+            else:
+                yield text
+
+
+# --- archives
+
+
+def tar_documents(
+    f: io.BufferedIOBase, where: str, reading: Reading, cleaned: bool
+) -> Iterator[Document]:
+    """The texts of a tar, in its order; of an .xz file in it, too, that is a tar itself.
+
+    cleaned: as the script that came with OpenWebText read its pieces, with the same clean-up.
+    """
+    for name, size, member in archives.tar_members(f, where):
+        if why := left_out(name, reading):
+            yield Note(why, f"{where}:{name}")
+        elif cleaned and name.endswith(".txt"):
+            yield cleaned_text(member, f"{where}:{name}")
+        else:
+            yield from member_documents(member, size, f"{where}:{name}", reading)
+
+
+def zip_documents(file: str, reading: Reading) -> Iterator[Document]:
+    """The texts of a zip, in its order."""
+    names = archives.zip_names(file)
+    read = [n for n in names if not left_out(n, replace(reading, split="all"))]
+    try:
+        wanted = {*splits.choose(read, reading.split).train} if read else set[str]()
+    except ValueError as e:
+        raise WrongSetting(f"{file}: {e}") from e
+    for name in names:
+        if name not in wanted:
+            yield Note(left_out(name, reading) or "of no split", f"{file}:{name}")
+    for name, size, member in archives.zip_members(file, wanted):
+        yield from member_documents(member, size, f"{file}:{name}", reading)
+
+
+def left_out(name: str, reading: Reading) -> str:
+    """Why a file of an archive is not read, "" if it is."""
+    if is_hidden(name):
+        return "hidden"
+    if kind(name) is None or content(name) not in IN_ARCHIVES:
+        return f"{suffix_of(name)} in an archive"
+    split, wanted = splits.split_in(name), splits.SPLIT_OF.get(reading.split, reading.split)
+    if wanted in (split, "all") or (wanted == "train" and split == splits.UNNAMED):
+        return ""
+    return f"of split {split}" if split else "of no split"
+
+
+def member_documents(member: Any, size: int, where: str, reading: Reading) -> Iterator[Document]:
+    """The documents of a file in an archive, that has `size` bytes there."""
+    try:
+        yield from stream_documents(archives.unpacked_stream(member, size, where), where, reading)
+    except WrongSetting:
+        raise
+    except DAMAGE as e:
+        yield damage(where, e)
+
+
+def cleaned_text(member: Any, where: str) -> str | BadData:
+    """A text of OpenWebText's archives."""
+    data = member.read(MAX_MEMBER + 1)
+    if len(data) > MAX_MEMBER:
+        return BadData(f"{where}: a text of more than {MAX_MEMBER // MIB} MiB")
+    try:
+        return re.sub("\n\n\n+", "\n\n", data.decode("utf-8")).strip()
+    except UnicodeDecodeError as e:
+        return BadData(f"{where} is not UTF-8 text ({e.reason} at byte {e.start})")

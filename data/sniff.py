@@ -1,0 +1,95 @@
+"""What can be said of a source before it is read: settings that do not fit it, and separators."""
+
+import itertools
+from collections.abc import Iterator
+
+from configurator import refuse
+from data import archives
+from data.parts import DAMAGE, MIB, Part, Reading, Source, content
+from data.readers import stream_documents
+from text.tokenizer import EOT_NAMES
+
+LOOKED_THROUGH = 64 * MIB  # characters of a source, for its separator
+LOOKED_AT = MIB  # characters of each of the first files, for marks that could be one
+FILES = 4
+OF_FILES = ("text_column", "template", "separator", "encoding")
+OF_HUB = ("subset", "split", "val_split", "revision")
+
+
+def refuse_unfit(name: str, found: Source, reading: Reading) -> None:
+    """Raises ConfigError when a setting that was typed changes nothing for such a source."""
+    if name == "stdlib":
+        refuse("on the embedded corpus", *OF_FILES, *OF_HUB, "skip_bad")
+        return
+    contents = {content(f) for part in found.parts for f in part.files}
+    archived = bool(contents & {"tar", "zip"})
+    if reading.template:
+        refuse("beside --template", "text_column")
+    if contents == {"text"}:
+        refuse("on text files, which have no columns", "text_column", "template")
+    if not archived and "text" not in contents:
+        refuse("on files of rows: a row is a document", "separator")
+    if not contents - {"parquet", "arrow"}:
+        refuse("on .parquet and .arrow, which hold UTF-8", "encoding")
+    if not name.startswith("hub:"):
+        refuse("on files of this disk", "revision")
+        if len({f for part in found.parts for f in part.files}) == 1 and not archived:
+            refuse("on a single file", "subset", "split", "val_split")
+        elif not found.named and not archived:
+            refuse("on files whose names say no split", "split")
+
+
+def check_separator(name: str, found: Source, reading: Reading) -> None:
+    """Raises ValueError when the separator is nowhere in the text, as far as that is seen soon.
+
+    Without one, says which mark in the text could be one.
+    """
+    files = [(p, f) for p in found.parts for f in p.files if content(f) == "text" and not p.repo]
+    if not reading.separator:
+        for part, file in files[:FILES]:
+            text = "".join(itertools.islice(blocks(part, file, reading), 1))[:LOOKED_AT]
+            if mark := next((m for m in EOT_NAMES if m in text), None):
+                print(
+                    f"{file} has {mark} in its text, which is read as letters: "
+                    f"--separator='{mark}' makes documents of what is between"
+                )
+                return
+        return
+    seen = 0
+    for part, file in files:
+        rest = ""
+        for block in blocks(part, file, reading):
+            if reading.separator in rest + block:
+                return
+            rest = block[-len(reading.separator) :]
+            seen += len(block)
+            if seen > LOOKED_THROUGH:
+                print(
+                    f"the first {seen // MIB} MiB do not have the separator",
+                    repr(reading.separator),
+                )
+                return
+    if files and not any(content(f) != "text" for p in found.parts for f in p.files):
+        raise no_separator(name, reading)
+
+
+def no_separator(name: str, reading: Reading) -> ValueError:
+    """The error for a separator that is not in a source."""
+    return ValueError(
+        f"the separator {reading.separator!r} does not occur in {name}; write it as it stands in "
+        "the text (\\n is a new line), and --overwrite=True if parts of it are made"
+    )
+
+
+def blocks(part: Part, file: str, reading: Reading) -> Iterator[str]:
+    """The text of a file in blocks, as far as it can be read."""
+    whole = Reading(encoding=reading.encoding)
+    try:
+        with archives.unpacked(file) as f:
+            for document in stream_documents(f, file, whole, part.start, part.end):
+                if isinstance(document, str):
+                    yield document
+                elif isinstance(document, Iterator):
+                    yield from document
+    except DAMAGE:  # said when it is read in earnest
+        return

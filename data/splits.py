@@ -1,0 +1,197 @@
+"""Which of a dataset's files are for training: as its card says, or as their names do.
+
+One rule for the Hub and for copies of its datasets on this disk: one split is read, and the others
+are named as left out.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.parts import kind
+
+NAMES = {  # what people call the splits
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+SPLIT_OF = {word: split for split, words in NAMES.items() for word in words}
+UNNAMED = ""  # the group of the files whose names say no split
+MAX_CARD = 2**20  # bytes of a README.md that are looked at
+CARD = "README.md"
+
+
+class Chosen(NamedTuple):
+    """The files that are read for training and for validation, and what else there is."""
+
+    train: list[str]
+    val: list[str]
+    others: dict[str, list[str]]  # by split
+    named: bool  # names or a card say which split the files are of
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a file's or folder's name, without what numbers its shards."""
+    return [w for w in re.split(r"[^a-z]+", name.lower()) if w and w not in ("of", "part", "shard")]
+
+
+def split_in(path: str) -> str:
+    """The split that a file's path (with /) names, UNNAMED where it names none.
+
+    It is the first or the last word of the file's name, or the whole name of a folder.
+    """
+    *folders, name = path.split("/")
+    name = name[: len(name) - len(kind(name) or "")]
+    words = words_of(name)
+    for word in [*words[:1], *words[-1:]]:
+        if word in SPLIT_OF:
+            return SPLIT_OF[word]
+    for folder in reversed(folders):
+        words = words_of(folder)
+        if len(words) == 1 and words[0] in SPLIT_OF:
+            return SPLIT_OF[words[0]]
+    return UNNAMED
+
+
+def has_word(word: str, path: str) -> bool:
+    """Whether a path has a word, bounded by other than letters and digits."""
+    return re.search(rf"(^|[/_.-]){re.escape(word)}([/_.-]|$)", path) is not None
+
+
+def choose(
+    files: list[str], split: str, val_split: str = "", subset: str = "", configs: Any = None
+) -> Chosen:
+    """The files of the splits that are asked for, of a dataset's `files` (paths with /), in order.
+
+    split: a name, or "all"; val_split: "" for none; configs: the card's. Raises ValueError naming
+    what there is.
+    """
+    groups, place = grouped(files, subset, configs), {f: i for i, f in enumerate(files)}
+    train = [f for fs in groups.values() for f in fs] if split == "all" else members(groups, split)
+    val = members(groups, val_split) if val_split else []
+    used = {*train, *val}
+    if len(used) < len({*train}) + len({*val}):
+        raise ValueError(f"val_split={val_split} is what is trained on, too: name another split")
+    train, val = sorted({*train}, key=place.__getitem__), sorted({*val}, key=place.__getitem__)
+    others = {s: left for s, fs in groups.items() if (left := sorted({*fs} - used))}
+    return Chosen(train, val, others, [*groups] != [UNNAMED])
+
+
+def members(groups: Mapping[str, list[str]], split: str) -> list[str]:
+    """The files of a split. Where nothing is for training by name, what has no name is."""
+    if split in groups and split != UNNAMED:
+        return groups[split]
+    alias = SPLIT_OF.get(split, split)
+    if alias in groups and alias != UNNAMED:
+        return groups[alias]
+    if found := [f for fs in groups.values() for f in fs if has_word(split, f)]:
+        return found
+    if alias == "train" and groups.get(UNNAMED):
+        return groups[UNNAMED]
+    there = ", ".join(s or "files without a split in their names" for s in sorted(groups))
+    raise ValueError(f"there is no split {split!r}; there is: {there} (--split=all reads all)")
+
+
+def grouped(files: list[str], subset: str, configs: Any) -> dict[str, list[str]]:
+    """Files by split: as a card's configs say, else by their names.
+
+    Raises ValueError when a subset has to be chosen, or is not there.
+    """
+    by_config = {name: g for name, g in declared(files, configs).items() if any(g.values())}
+    if by_config:
+        name = subset or next((n for n in ("default", *by_config) if n in by_config), "")
+        if name not in by_config or (not subset and name != "default" and len(by_config) > 1):
+            some = ", ".join([*by_config][:20])
+            problem = f"there is no subset {subset!r}; there is: " if subset else "choose one of "
+            raise ValueError(f"{problem}{some}: --subset=...")
+        return by_config[name]
+    if subset:
+        files = [f for f in files if has_word(subset, f)]
+        if not files:
+            raise ValueError(f"no file has the subset {subset!r} in its name")
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        groups.setdefault(split_in(file), []).append(file)
+    return groups
+
+
+def declared(files: list[str], configs: Any) -> dict[str, dict[str, list[str]]]:
+    """The files of each split of each subset that a card's configs name; {} where it has none.
+
+    configs: as in a card's metadata, written by a stranger: what is not understood is passed over.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for config in configs if isinstance(configs, list) else []:
+        if not isinstance(config, dict):
+            continue
+        name, data, base = (
+            config.get("config_name"),
+            config.get("data_files"),
+            config.get("data_dir"),
+        )
+        groups: dict[str, list[str]] = {}
+        for split, patterns in split_patterns(data):
+            groups.setdefault(split, []).extend(matching(files, patterns))
+        if data is None and isinstance(base, str):
+            for file in matching(files, [f"{base.strip('/')}/**"]):
+                groups.setdefault(split_in(file), []).append(file)
+        found[str(name or "default")] = groups
+    return found
+
+
+def split_patterns(data: Any) -> Iterable[tuple[str, list[str]]]:
+    """(split, patterns) of the forms that data_files has in a card."""
+    if isinstance(data, str):
+        yield "train", [data]
+    elif isinstance(data, dict):
+        for split, patterns in data.items():
+            yield str(split), texts_in(patterns)
+    elif isinstance(data, list):
+        for one in data:
+            if isinstance(one, str):
+                yield "train", [one]
+            elif isinstance(one, dict):
+                yield str(one.get("split", "train")), texts_in(one.get("path"))
+
+
+def texts_in(value: Any) -> list[str]:
+    """A text, or the texts in a list."""
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+
+
+def matching(files: list[str], patterns: list[str]) -> list[str]:
+    """The files that a card's patterns name: * stops at /, ** does not."""
+    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    found = []
+    for pattern in patterns:
+        pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
+        regex = re.compile("".join(parts.get(p) or re.escape(p) for p in pieces))
+        found += [f for f in files if regex.fullmatch(f) and f not in found]
+    return found
+
+
+def folder_configs(folder: Path) -> Any:
+    """The configs of a dataset in a folder: of its card, or of a DatasetDict saved to disk."""
+    saved, card = folder / "dataset_dict.json", folder / CARD
+    try:
+        if saved.is_file():
+            names = texts_in(json.loads(saved.read_bytes()).get("splits"))
+            return [{"data_files": [{"split": n, "path": f"{n}/**"} for n in names]}]
+        if card.is_file() and is_card(card):
+            from huggingface_hub import metadata_load
+
+            return (metadata_load(card) or {}).get("configs")
+    except Exception as e:  # a stranger's file, and yaml's errors are of no common class
+        print(
+            f"WARNING: {saved if saved.is_file() else card} is not understood ({type(e).__name__})"
+        )
+    return None
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is the card of a dataset: a README.md that begins with metadata."""
+    if path.name != CARD or path.stat().st_size > MAX_CARD:
+        return False
+    return path.read_bytes().lstrip().startswith(b"---")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from data.workers import COPY, MARK, TokenFile, index_of, read_tokens, token_type
 from text.files import write
 from text.split import Ints, Split, cut_at, is_uneven, split_parts, val_share
-from text.tokenizer import Tokenizer
+from text.tokenizer import StreamDecoder, Tokenizer
 
 NEAR = 4096  # tokens in which a new line is looked for, to cut a document there
 SYNC_SHARE = 0.02  # of train.bin may be on the disk twice while it grows
@@ -225,12 +225,16 @@ def split_end(
 
 def place_to_cut(near: NDArray[Any], tok: Tokenizer) -> int:
     """How many tokens of a document's rest stay before a cut. Raises ValueError for a short one."""
-    texts = [tok.decode([token]) for token in near[:-1].tolist()]
-    places = [i for i, t in enumerate(texts) if t.endswith("\n")]
-    places += [i for i, t in enumerate(texts) if not t.endswith("\ufffd")]
-    if not places:
+    decoder, between = StreamDecoder(tok), 0
+    for i, token in enumerate(near[:-1].tolist(), 1):
+        text = decoder.push(token)
+        if text.endswith("\n"):
+            return i
+        if text and not decoder.in_character and "\ufffd" not in text:
+            between = between or i
+    if not between:
         raise ValueError("the source is one document of a word or two: too little to split")
-    return places[0] + 1
+    return between
 
 
 def tokens_from(paths: list[Path], before: Ints, dtype: str, start: int, stop: int) -> NDArray[Any]:

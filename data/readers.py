@@ -369,7 +369,9 @@ def table_documents(f: io.BufferedIOBase, where: str, reading: Reading) -> Itera
     try:
         names = next(rows)
     except (StopIteration, csv.Error) as e:
-        raise BadData(f"{where} has no line with the names of its columns") from e
+        raise BadData(f"{where} is damaged: {e}") from e
+    if not names:
+        raise BadData(f"{where} does not begin with a line that names its columns")
     for column in columns(reading):
         if names.count(column) != 1:
             problem = "has no column" if column not in names else "has several columns"

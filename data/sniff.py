@@ -7,6 +7,7 @@ from configurator import refuse
 from data import archives
 from data.parts import DAMAGE, MIB, Part, Reading, Source, content
 from data.readers import stream_documents
+from text.files import path_of
 from text.tokenizer import EOT_NAMES
 
 LOOKED_THROUGH = 64 * MIB  # characters of a source, for its separator
@@ -33,8 +34,8 @@ def refuse_unfit(name: str, found: Source, reading: Reading) -> None:
         refuse("on .parquet and .arrow, which hold UTF-8", "encoding")
     if not name.startswith("hub:"):
         refuse("on files of this disk", "revision")
-        if len({f for part in found.parts for f in part.files}) == 1 and not archived:
-            refuse("on a single file", "subset", "split", "val_split")
+        if path_of(name).is_file():
+            refuse("on a single file", "subset", "val_split", *(() if archived else ("split",)))
         elif not found.named and not archived:
             refuse("on files whose names say no split", "split")
 

@@ -81,11 +81,14 @@ def choose(
 
 def members(groups: Mapping[str, list[str]], split: str) -> list[str]:
     """The files of a split. Where nothing is for training by name, what has no name is."""
-    if split in groups and split != UNNAMED:
-        return groups[split]
     alias = SPLIT_OF.get(split, split)
-    if alias in groups and alias != UNNAMED:
-        return groups[alias]
+    for name in (split, alias):
+        if name and name in groups:
+            return groups[name]
+    if near := [s for s in groups if has_word(split, s)]:
+        if len(near) > 1:
+            raise ValueError(f"several splits are called {split!r}: --split={' or '.join(near)}")
+        return groups[near[0]]
     if found := [f for fs in groups.values() for f in fs if has_word(split, f)]:
         return found
     if alias == "train" and groups.get(UNNAMED):

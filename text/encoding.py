@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import re
 from typing import Any
 
 LOOKED_AT = 2**16  # bytes
@@ -13,6 +14,7 @@ MARKS = (  # what a text may begin with, the longer first
 )
 SAME = {"gb2312": "gb18030", "gbk": "gb18030", "big5hkscs": "big5", "ascii": ""}
 REPLACE = ":replace"  # behind an encoding: what is none of it becomes U+FFFD
+KANA = re.compile("[\u3041-\u3096]")  # in a tenth of any Japanese text, and in no other
 FEW = 0.01  # of the characters beyond ASCII that may be damage in a text that is UTF-8
 
 
@@ -31,8 +33,9 @@ def guess(data: bytes) -> str:
         return "utf-8" + REPLACE
     from charset_normalizer import from_bytes  # a moment, and only where something is wrong
 
-    best = from_bytes(data).best()
-    return SAME.get(best.encoding, best.encoding).replace("_", "-") if best else ""
+    found = list(from_bytes(data))
+    found.sort(key=lambda match: len(KANA.findall(str(match))) < len(str(match)) / 10)
+    return SAME.get(found[0].encoding, found[0].encoding).replace("_", "-") if found else ""
 
 
 def hint(data: bytes) -> str:

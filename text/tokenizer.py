@@ -150,6 +150,11 @@ class StreamDecoder:
         self.first = self.first and not data
         return self.utf8.decode(data)
 
+    @property
+    def in_character(self) -> bool:
+        """Whether the next id goes on with a character."""
+        return bool(self.utf8.getstate()[0])
+
     def flush(self) -> str:
         """U+FFFD if the ids ended inside a character, else empty. The decoder starts anew."""
         self.first = True

@@ -1,0 +1,593 @@
+"""What people hand to data/prepare.py: splits, formats, encodings, separators, columns."""
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from test_prepare import TEXTS, documents, nanogpt, write_jsonl, write_parquet
+from test_sources import tar_of, texts_in
+
+from data import splits, vocabulary
+from text.encoding import guess
+from text.split import cut_at
+
+CHINESE = "那天早上，老人走到海边，看见一条小船停在沙滩上。他想起了很多年以前的事情。" * 40
+
+
+def run(script, source, out, *flags):
+    """data/prepare.py with bytes for tokens."""
+    flags = (f"--source={source}", f"--dataset={out}", "--num_proc=1", *flags)
+    tokenizer = () if any("--tokenizer" in f for f in flags) else ("--tokenizer=bytes",)
+    return script("data/prepare.py", *flags, *tokenizer)
+
+
+def refused(result, *words):
+    """A mistake is one line that has the words."""
+    assert result.code in (1, 2) and len(result.err.strip().splitlines()) == 1, result
+    for word in words:
+        assert word in result.err, result.err
+
+
+def rows(texts):
+    return "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
+
+
+def table(texts, delimiter=","):
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=delimiter)
+    writer.writerows([["id", "text"], *([i, t] for i, t in enumerate(texts))])
+    return out.getvalue().encode()
+
+
+def zip_of(members):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+# --- splits
+
+PARTED = {"train": TEXTS[:200], "validation": TEXTS[200:250], "test": TEXTS[250:300]}
+LAYOUTS = {
+    "hub": lambda s: f"data/{s}-00000-of-00001.parquet",
+    "short": lambda s: {"validation": "valid"}.get(s, s) + ".jsonl",
+    "dev": lambda s: {"validation": "dev"}.get(s, s) + "/part.0.jsonl",
+    "c4": lambda s: f"c4-{s}.00000-of-00008.jsonl",
+    "wiki": lambda s: f"wiki.{s}.jsonl",
+    "last": lambda s: f"corpus_{s}_01.jsonl",
+    "csv": lambda s: f"{s}.csv",
+    "packed": lambda s: f"{s}.jsonl.gz",
+}
+
+
+def write_parted(folder, layout):
+    for split, texts in PARTED.items():
+        path = folder / LAYOUTS[layout](split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            write_parquet(path, texts)
+        elif path.suffix == ".csv":
+            path.write_bytes(table(texts))
+        else:
+            path.write_bytes(gzip.compress(rows(texts)) if path.suffix == ".gz" else rows(texts))
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_the_train_split_of_a_copy_is_read(script, tmp_path, layout):
+    source = write_parted(tmp_path / "copy", layout)
+    result = run(script, source, tmp_path / "out", "--tokenizer=gpt2")
+    assert result.code == 0, result.err
+    val, train = nanogpt(PARTED["train"], 0.05)
+    assert (tmp_path / "out" / "val.bin").read_bytes() == val
+    assert sorted(documents(tmp_path / "out", "train")) == train
+    assert "1 of split validation (" in result.out and "1 of split test (" in result.out
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text(encoding="utf-8"))
+    assert meta["left_out"] == {"of split validation": 1, "of split test": 1}
+
+
+@pytest.mark.parametrize("layout", ["hub", "short"])
+def test_another_split_is_chosen_by_name(script, tmp_path, layout):
+    source = write_parted(tmp_path / "copy", layout)
+    assert run(script, source, tmp_path / "a", "--split=validation").code == 0
+    assert texts_in(tmp_path / "a") == sorted(PARTED["validation"])
+    result = run(script, source, tmp_path / "b", "--split=all")
+    assert result.code == 0 and "left out" not in result.out
+    assert texts_in(tmp_path / "b") == sorted(TEXTS[:300])
+    refused(
+        run(script, source, tmp_path / "c", "--split=nonsense"),
+        "nonsense",
+        "test, train, validation",
+    )
+    refused(run(script, source, tmp_path / "c", "--subset=nonsense"), "nonsense")
+    refused(run(script, source, tmp_path / "c", "--revision=nonsense"), "--revision", "this disk")
+    assert not (tmp_path / "c" / "train.bin").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--shards=0/1",)])
+def test_a_named_split_validates(script, tmp_path, flags):
+    """All of the train split is trained on; shares that are not merged read the same."""
+    source, out = write_parted(tmp_path / "copy", "hub"), tmp_path / "out"
+    assert run(script, source, out, "--val_split=dev", *flags).code == 0
+    if flags:
+        from text.tokens import TokenData
+
+        data = [TokenData(out, split, 1, 320) for split in ("train", "val")]
+        streams = [np.concatenate(d.ids).tobytes() for d in data]
+        assert run(script, source, out, "--val_split=dev").code == 0
+        assert streams == [(out / f"{s}.bin").read_bytes() for s in ("train", "val")]
+    assert documents(out, "train") == PARTED["train"]
+    assert documents(out, "val") == PARTED["validation"]
+    refused(run(script, source, out, "--val_split=dev", "--val_fraction=0.1"), "--val_fraction")
+    refused(run(script, source, tmp_path / "x", "--val_split=train"), "trained on")
+    refused(run(script, source, tmp_path / "x", "--val_split=none"), "'none'")
+    assert script("data/prepare.py", "--verify=True", f"--dataset={out}").code == 0
+
+
+def test_a_named_split_with_a_limit_keeps_its_validation(script, tmp_path):
+    source = write_parted(tmp_path / "copy", "hub")
+    flags = ("--val_split=validation", "--max_tokens=1k")
+    assert run(script, source, tmp_path / "out", *flags).code == 0
+    assert documents(tmp_path / "out", "val") == PARTED["validation"]
+    assert 1000 <= (tmp_path / "out" / "train.bin").stat().st_size / 2 < 1100
+
+
+def test_what_is_saved_to_disk_has_splits(script, tmp_path):
+    import datasets
+
+    parts = {n: datasets.Dataset.from_dict({"text": t}) for n, t in PARTED.items()}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    result = run(script, tmp_path / "saved", tmp_path / "out")
+    assert result.code == 0 and "of split test" in result.out, result
+    assert texts_in(tmp_path / "out") == sorted(PARTED["train"])
+    odd = {"train_sft": parts["train"], "train_gen": parts["test"], "test_sft": parts["test"]}
+    datasets.DatasetDict(odd).save_to_disk(tmp_path / "odd")
+    refused(run(script, tmp_path / "odd", tmp_path / "x"), "train_sft or train_gen")
+    assert run(script, tmp_path / "odd", tmp_path / "y", "--split=train_sft").code == 0
+    assert texts_in(tmp_path / "y") == sorted(PARTED["train"])
+    parts["test"].save_to_disk(tmp_path / "alone")
+    assert run(script, tmp_path / "alone", tmp_path / "z").code == 0
+    assert texts_in(tmp_path / "z") == sorted(PARTED["test"])
+
+
+def test_a_card_says_what_the_splits_and_subsets_are(script, tmp_path):
+    folder = tmp_path / "copy"
+    for name, texts in {"sample/10BT/000": TEXTS[:50], "data/CC-1/000": TEXTS[50:150]}.items():
+        (folder / name).parent.mkdir(parents=True)
+        write_parquet(folder / f"{name}.parquet", texts)
+    write_parquet(folder / "data" / "held.parquet", TEXTS[150:200])
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+        "    path: data/*/*\n  - split: test\n    path: data/held.parquet\n"
+        "- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n"
+        "---\nwords\n",
+        encoding="utf-8",
+    )
+    assert run(script, folder, tmp_path / "a").code == 0
+    assert texts_in(tmp_path / "a") == sorted(TEXTS[50:150])
+    assert run(script, folder, tmp_path / "b", "--subset=sample-10BT").code == 0
+    assert texts_in(tmp_path / "b") == sorted(TEXTS[:50])
+    refused(run(script, folder, tmp_path / "c", "--subset=x"), "default, sample-10BT")
+
+
+def test_names_that_say_a_split():
+    for name in ("train.txt", "a/train/0.txt", "x_train.jsonl", "train-00-of-01.csv", "TRAIN.TXT"):
+        assert splits.split_in(name) == "train"
+    for name in ("dev.txt", "valid.en.txt", "a.val.jsonl.gz", "validation/a.md", "en_dev_1.txt"):
+        assert splits.split_in(name) == "validation"
+    for name in ("test.csv", "eval.jsonl", "b/testing/x.txt"):
+        assert splits.split_in(name) == "test"
+    for name in (
+        "contest.txt",
+        "trainer.md",
+        "a/developer/b.txt",
+        "how-to-test-drive.md",
+        "book.txt",
+    ):
+        assert splits.split_in(name) == ""
+
+
+def test_files_beside_a_test_file_are_for_training(script, tmp_path):
+    for name, texts in {"a": TEXTS[:100], "test": TEXTS[100:200]}.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", texts)
+    (tmp_path / "src").mkdir()
+    for name in ("a", "test"):
+        (tmp_path / f"{name}.jsonl").rename(tmp_path / "src" / f"{name}.jsonl")
+    result = run(script, tmp_path / "src", tmp_path / "out")
+    assert result.code == 0 and "of split test (test.jsonl)" in result.out
+    assert texts_in(tmp_path / "out") == sorted(TEXTS[:100])
+    (tmp_path / "src" / "a.jsonl").unlink()
+    refused(run(script, tmp_path / "src", tmp_path / "x"), "'train'", "there is: test")
+    assert run(script, tmp_path / "src" / "test.jsonl", tmp_path / "y").code == 0
+    refused(run(script, tmp_path / "src" / "test.jsonl", tmp_path / "z", "--split=test"), "--split")
+
+
+# --- the share of validation
+
+
+@pytest.mark.parametrize("sizes", [(1_050_000, 20_000), (20_000, 1_050_000), (300_000, 10, 10, 10)])
+def test_few_unequal_files_are_split_by_tokens(script, tmp_path, sizes):
+    (tmp_path / "src").mkdir()
+    texts = [("a line of text\n" * (size // 15 + 1))[:size] for size in sizes]
+    for i, text in enumerate(texts):
+        (tmp_path / "src" / f"{i}.txt").write_text(text, encoding="utf-8")
+    assert run(script, tmp_path / "src", tmp_path / "out").code == 0
+    train, val = (documents(tmp_path / "out", split) for split in ("train", "val"))
+    assert "".join([*train, *val]) == "".join(texts)
+    share = sum(map(len, val)) / sum(map(len, texts))
+    assert 0.024 < share < 0.1, share
+    assert script("data/prepare.py", "--verify=True", f"--dataset={tmp_path / 'out'}").code == 0
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text(encoding="utf-8"))
+    assert sum(s["bytes"] for s in meta["splits"].values()) == sum(map(len, texts))
+
+
+def test_where_a_source_is_cut():
+    even = np.full(500, 100)
+    assert cut_at(even, 0.05, 2357) == 0, "many alike: nanoGPT's split"
+    assert cut_at(np.full(5000, 100), 0.05, 2357) == 0
+    few = np.array([1_000_000, 500_000, 30_000, 30_000])
+    assert cut_at(few, 0.05, 2357) == 1_500_000, "at an edge that is near"
+    assert 0 < cut_at(np.array([100, 10**6]), 0.05, 2357) < 10**6
+    assert cut_at(np.array([10, 5, 7]), 0.05, 2357) == 0, "too little to cut"
+
+
+# --- a tokenizer of the text's own
+
+
+@pytest.mark.parametrize("kind", ["letters", "chinese", "blanks"])
+def test_a_line_without_an_end_trains_a_tokenizer(script, tmp_path, kind):
+    rng = np.random.default_rng(0)
+    alphabet = {"letters": "ACGT", "chinese": CHINESE[:30], "blanks": " \n"}[kind]
+    text = "".join(np.array(list(alphabet))[rng.integers(0, len(alphabet), 300_000)])
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    t0 = time.perf_counter()
+    result = run(script, tmp_path / "a.txt", tmp_path / "out", "--tokenizer=train:400")
+    assert result.code == 0 and "learning 400 tokens" in result.out
+    assert time.perf_counter() - t0 < 20
+    train, val = (documents(tmp_path / "out", split) for split in ("train", "val"))
+    assert "".join([*train, *val]) == text
+
+
+def test_words_are_cut_only_where_they_have_no_end():
+    assert [*vocabulary.cut_words("a few words\n" * 100)] == ["a few words\n" * 100]
+    pieces = [*vocabulary.cut_words("x" * 1000 + " y")]
+    assert "".join(pieces) == "x" * 1000 + " y" and max(map(len, pieces)) <= 258
+
+
+def test_too_little_text_for_a_vocabulary_is_said(script, tmp_path):
+    (tmp_path / "a.txt").write_text("ab " * 500, encoding="utf-8")
+    result = run(script, tmp_path / "a.txt", tmp_path / "out", "--tokenizer=train:8192")
+    assert result.code == 0 and "WARNING" in result.out and "of 8,192 tokens" in result.out
+
+
+# --- columns
+
+
+def test_a_column_that_is_no_text_is_one_line(script, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = {"lists": [["a", "b"]] * 5, "numbers": [1] * 5, "nothing": [None] * 5}
+    data = pa.table({**values, "inner": [{"text": "x"}] * 5, "good": ["fine"] * 5})
+    pq.write_table(data, tmp_path / "a.parquet")
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as f, pa.ipc.new_stream(f, data.schema) as w:
+        w.write_table(data)
+    for name in ("a.parquet", "a.arrow"):
+        for column in (*values, "inner"):
+            result = run(script, tmp_path / name, tmp_path / "x", f"--text_column={column}")
+            refused(result, name, repr(column), "good", "--text_column")
+        refused(run(script, tmp_path / name, tmp_path / "x"), "no column 'text'", "good")
+        flags = ("--text_column=inner.text", f"--dataset={tmp_path / name[2:]}")
+        assert run(script, tmp_path / name, tmp_path / name[2:], *flags).code == 0
+        assert texts_in(tmp_path / name[2:]) == ["x"] * 5
+        refused(run(script, tmp_path / name, tmp_path / "x", "--text_column=inner.no"), "inner.no")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl", "json"])
+def test_null_is_said_with_its_row(script, tmp_path, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = ["one", "two", None, "four"]
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=2)
+    elif kind == "arrow":
+        schema = pa.table({"text": texts}).schema
+        with pa.OSFile(str(path), "wb") as f, pa.ipc.new_file(f, schema) as writer:
+            writer.write_table(pa.table({"text": texts}))
+    elif kind == "json":
+        path.write_text(json.dumps([{"text": t} for t in texts]), encoding="utf-8")
+    else:
+        path.write_bytes(rows(texts))
+    refused(run(script, path, tmp_path / "x"), "null", " 3", "--skip_bad=True", "'text'")
+    result = run(script, path, tmp_path / "y", "--skip_bad=True")
+    assert result.code == 0 and "left out 1" in result.out
+    assert texts_in(tmp_path / "y") == ["four", "one", "two"]
+
+
+def test_a_template_joins_columns(script, tmp_path):
+    found = [{"title": f"T{i}", "n": i, "deep": {"text": f"body {i}"}} for i in range(30)]
+    wanted = sorted(f"T{i} ({i})\n\nbody {i} {{}}" for i in range(30))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, found)), encoding="utf-8")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(found), tmp_path / "a.parquet")
+    template = "--template={title} ({n})\\n\\n{deep.text} {{}}"
+    for name in ("a.jsonl", "a.parquet"):
+        result = run(script, tmp_path / name, tmp_path / name[2:], template)
+        assert result.code == 0, result.err
+        assert texts_in(tmp_path / name[2:]) == wanted
+        refused(run(script, tmp_path / name, tmp_path / "x", "--template={no}"), "'no'")
+        refused(run(script, tmp_path / name, tmp_path / "x", "--template={title"), "template")
+        refused(run(script, tmp_path / name, tmp_path / "x", "--template={title.__class__}"), name)
+        refused(run(script, tmp_path / name, tmp_path / "x", "--template={title!r}"), "column")
+        refused(run(script, tmp_path / name, tmp_path / "x", template, "--text_column=n"), "--text")
+
+
+# --- formats
+
+
+MADE = {
+    "a.jsonl.xz": lzma.compress(rows(TEXTS)),
+    "a.ndjson": rows(TEXTS),
+    "lines.json": rows(TEXTS),
+    "lines.json.gz": gzip.compress(rows(TEXTS)),
+    "array.json": json.dumps([{"text": t} for t in TEXTS]).encode(),
+    "pretty.json": json.dumps([{"text": t} for t in TEXTS], indent=2).encode(),
+    "apart.json": b"\n".join(json.dumps({"text": t}, indent=1).encode() for t in TEXTS),
+    "texts.json": json.dumps(TEXTS).encode(),
+    "a.csv": table(TEXTS),
+    "semicolon.csv": table(TEXTS, ";"),
+    "a.tsv.gz": gzip.compress(table(TEXTS, "\t")),
+    "a.zip": zip_of([("a/1.jsonl", rows(TEXTS[:100])), ("b.csv", table(TEXTS[100:]))]),
+    "texts.zip": zip_of([(f"{i:03d}.md", t) for i, t in enumerate(TEXTS)]),
+    "a.tar.gz": gzip.compress(tar_of([("1.json.gz", gzip.compress(rows(TEXTS)))])),
+    "a.tgz": gzip.compress(tar_of([(f"{i:03d}.text", t.encode()) for i, t in enumerate(TEXTS)])),
+    "bom.csv": b"\xef\xbb\xbf" + table(TEXTS),
+    "bom.json": b"\xef\xbb\xbf" + rows(TEXTS),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_forms_of_text(script, tmp_path, name):
+    (tmp_path / name).write_bytes(MADE[name])
+    result = run(script, tmp_path / name, tmp_path / "out", "--tokenizer=gpt2")
+    assert result.code == 0, result.err
+    val, train = nanogpt(TEXTS, 0.05)
+    assert sorted(documents(tmp_path / "out", "train")) == train
+    assert (tmp_path / "out" / "val.bin").read_bytes() == val
+
+
+def test_long_rows_of_json_come_in_pieces(script, tmp_path):
+    texts = [f"{i} " + "word [1, {2}] " * 50_000 for i in range(6)]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in texts]), encoding="utf-8")
+    assert run(script, tmp_path / "a.json", tmp_path / "out", "--val_fraction=0.2").code == 0
+    assert texts_in(tmp_path / "out") == sorted(texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.json", b'[{"text": "x"}, {"text": "y"}', ["a.json", "truncated"]),
+        ("a.json", b'[{"text": "x"}] {}', ["a.json", "follows"]),
+        ("a.json", b'[{"text": "x"}, {"text"', ["a.json", "not JSON"]),
+        ("a.json", b'{\n "rows": 1}\n', ["row 1", "rows", "--text_column"]),
+        ("a.csv", b"", ["a.csv", "columns"]),
+        ("a.csv", b"text,id\nx\n", ["line 2", "1 fields, not 2"]),
+        ("a.csv", b'text,id\n"x,1\n', ["line 2"]),
+        ("a.csv", b"text,text\nx,y\n", ["several columns"]),
+        ("a.zip", zip_of([("a.txt", "x")])[:-30], ["a.zip", "damaged"]),
+        ("a.zip", zip_of([("a.pdf", "x")]), ["no documents"]),
+        ("a.zip", zip_of([("test.txt", "x")]), ["a.zip", "'train'", "test"]),
+    ],
+)
+def test_damaged_forms(script, tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    refused(run(script, tmp_path / name, tmp_path / "out"), *words)
+
+
+def test_archives_have_splits_and_strangers(script, tmp_path):
+    members = [("d/train.jsonl", rows(TEXTS[:100])), ("d/test.jsonl", rows(TEXTS[100:150]))]
+    members += [("d/photo.png", b"\x89PNG"), ("__MACOSX/d/._train.jsonl", b"x")]
+    (tmp_path / "a.zip").write_bytes(zip_of(members))
+    (tmp_path / "a.tar").write_bytes(tar_of(members))
+    for name in ("a.zip", "a.tar"):
+        result = run(script, tmp_path / name, tmp_path / name[2:])
+        assert result.code == 0, result.err
+        assert texts_in(tmp_path / name[2:]) == sorted(TEXTS[:100])
+        for words in ("1 .png in an archive", "1 of split test", "1 hidden"):
+            assert words in result.out
+        meta = json.loads((tmp_path / name[2:] / "meta.json").read_text(encoding="utf-8"))
+        assert sum(meta["left_out"].values()) == 3
+        assert run(script, tmp_path / name, tmp_path / f"{name}2", "--split=test").code == 0
+        assert texts_in(tmp_path / f"{name}2") == sorted(TEXTS[100:150])
+
+
+def test_zips_that_cannot_be_read(script, tmp_path):
+    (tmp_path / "bomb.zip").write_bytes(zip_of([("a.txt", bytes(300 * 2**20))]))
+    refused(run(script, tmp_path / "bomb.zip", tmp_path / "x"), "a.txt", "bomb")
+    locked = bytearray(zip_of([("a.txt", "some text")]))
+    for mark, at in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
+        locked[locked.index(mark) + at] |= 1
+    (tmp_path / "locked.zip").write_bytes(locked)
+    refused(run(script, tmp_path / "locked.zip", tmp_path / "x"), "a.txt", "encrypted")
+
+
+def test_what_is_left_out_of_a_folder_is_named(script, tmp_path):
+    src = tmp_path / "src"
+    (src / ".git").mkdir(parents=True)
+    files = {
+        "a.txt": "t",
+        "b.md": "m",
+        "c.TXT": "T",
+        "d.text": "x",
+        "e.pdf": "%PDF",
+        "f.html": "<p>",
+    }
+    files |= {".git/g.txt": "no", ".h.txt": "no", "i": "no", "j.PDF": "no"}
+    for name, text in files.items():
+        (src / name).write_text(text, encoding="utf-8")
+    (src / "k.json").write_bytes(rows(["json"]))
+    (src / "l.csv").write_bytes(table(["csv"]))
+    write_parquet(src / "m.parquet", ["parquet"])
+    result = run(script, src, tmp_path / "out")
+    assert result.code == 0, result.err
+    assert texts_in(tmp_path / "out") == sorted(["t", "m", "T", "x", "json", "csv", "parquet"])
+    for words in (
+        "2 .pdf (e.pdf, j.PDF)",
+        "1 .html (f.html)",
+        "2 hidden",
+        "1 without a suffix (i)",
+    ):
+        assert words in result.out, result.out
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text(encoding="utf-8"))
+    assert meta["left_out"] == {".pdf": 2, ".html": 1, "hidden": 2, "without a suffix": 1}
+
+
+# --- encodings
+
+
+FRENCH = "Le garçon a mangé un gâteau à la crème, où était-il passé ? " * 60
+JAPANESE = "彼は海辺で小さな船を見た。それは昔のことです。" * 60
+TAIWANESE = "那天早上老人走到海邊看見一條小船停在沙灘上他想起了很多年以前的事情" * 60
+RUSSIAN = "Однажды утром старик пошёл к морю и увидел маленькую лодку. " * 60
+ENCODED = {"gb18030": CHINESE, "big5": TAIWANESE, "utf-16": JAPANESE, "utf-16-le": FRENCH}
+ENCODED |= {"shift_jis": JAPANESE, "cp1252": FRENCH, "cp1251": RUSSIAN}
+
+
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_other_encodings_are_read_and_guessed(script, tmp_path, encoding):
+    text = ENCODED[encoding]
+    data = {
+        "a.txt": text,
+        "b.jsonl": json.dumps({"text": text}, ensure_ascii=False) + "\n",
+        "c.csv": f'text,id\r\n"{text}",1\r\n',
+    }
+    for name, content in data.items():
+        path = tmp_path / name
+        path.write_bytes(content.encode(encoding))
+        flags = (f"--encoding={encoding}", "--val_fraction=0.3")
+        result = run(script, path, tmp_path / name[:1], *flags)
+        assert result.code == 0, result.err
+        found = [d for s in ("train", "val") for d in documents(tmp_path / name[:1], s)]
+        assert "".join(found) == text
+        if name != "c.csv" and encoding != "cp1252" or name == "a.txt":  # neighbours are as likely
+            result = run(script, path, tmp_path / "x")
+            refused(result, name, "not UTF-8", "looks like", "--encoding=")
+            guessed = result.err.split("--encoding=")[1].split()[0]
+            assert content.encode(encoding).decode(guessed) == content
+
+
+def test_a_damaged_byte_is_replaced_when_asked(script, tmp_path):
+    data = (CHINESE + "ascii " * 100).encode()
+    (tmp_path / "a.txt").write_bytes(data[:3001] + data[3002:])
+    refused(run(script, tmp_path / "a.txt", tmp_path / "x"), "--encoding=utf-8:replace")
+    assert run(script, tmp_path / "a.txt", tmp_path / "y", "--encoding=utf-8:replace").code == 0
+    found = "".join(d for s in ("train", "val") for d in documents(tmp_path / "y", s))
+    assert "\ufffd" in found and found.endswith("ascii ")
+    refused(run(script, tmp_path / "a.txt", tmp_path / "z", "--encoding=nonsense"), "'nonsense'")
+    refused(run(script, tmp_path / "a.txt", tmp_path / "z", "--encoding=base64"), "'base64'")
+    refused(run(script, tmp_path / "a.txt", tmp_path / "z", "--encoding=big5"), "a.txt", "big5")
+
+
+def test_guesses():
+    assert guess("text".encode("utf-16")) == "utf-16" and guess("text".encode("utf-32")) == "utf-32"
+    assert guess(b"") in ("", "ascii", "utf-8")
+
+
+# --- separators
+
+STORIES = [f"Story {i}\nof some words" for i in range(50)]
+
+
+@pytest.mark.parametrize("typed", ["<|endoftext|>", "\\n\\n", "\n\n", "\\n---\\n", "\r\n\r\n"])
+def test_separators_as_people_type_them(script, tmp_path, typed):
+    joint = {"<|endoftext|>": "\n<|endoftext|>\n", "\\n---\\n": "\n---\n"}.get(typed, "\n\n")
+    (tmp_path / "a.txt").write_bytes(joint.join(STORIES).replace("\n", "\r\n").encode())
+    result = run(script, tmp_path / "a.txt", tmp_path / "out", f"--separator={typed}")
+    assert result.code == 0, result.err
+    assert texts_in(tmp_path / "out") == sorted(STORIES)
+
+
+def test_a_separator_that_is_not_there(script, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(STORIES), encoding="utf-8")
+    refused(
+        run(script, tmp_path / "a.txt", tmp_path / "x", "--separator=<|end|>"), "does not occur"
+    )
+    (tmp_path / "a.tar").write_bytes(tar_of([("a.txt", b"one two"), ("b.txt", b"three")]))
+    result = run(script, tmp_path / "a.tar", tmp_path / "y", "--separator=<|end|>")
+    refused(result, "does not occur", "--overwrite=True")
+    assert not (tmp_path / "y" / "train.bin").exists()
+    write_jsonl(tmp_path / "a.jsonl")
+    refused(run(script, tmp_path / "a.jsonl", tmp_path / "z", "--separator=x"), "--separator")
+    (tmp_path / "b.txt").write_text("the only one, and some more words<|end|>", encoding="utf-8")
+    assert run(script, tmp_path / "b.txt", tmp_path / "w", "--separator=<|end|>").code == 0
+
+
+@pytest.mark.parametrize("mark", ["<|endoftext|>", "</s>", "<|im_end|>"])
+def test_a_mark_in_the_text_is_mentioned(script, tmp_path, mark):
+    (tmp_path / "a.txt").write_text(f"\n{mark}\n".join(STORIES), encoding="utf-8")
+    result = run(script, tmp_path / "a.txt", tmp_path / "out")
+    assert result.code == 0 and f"--separator='{mark}'" in result.out
+    (tmp_path / "b.txt").write_text("\n".join(STORIES), encoding="utf-8")
+    assert "--separator" not in run(script, tmp_path / "b.txt", tmp_path / "out2").out
+
+
+# --- flags without effect
+
+FIT = {
+    "a.txt": ("separator", "encoding"),
+    "a.jsonl": ("text_column", "template", "encoding"),
+    "a.parquet": ("text_column", "template"),
+    "stdlib": (),
+}
+TYPED = {
+    "text_column": "body", "template": "{text}", "separator": "word", "encoding": "utf-8",
+    "subset": "en", "split": "train", "val_split": "test", "revision": "main",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_no_flag_is_ignored_by_a_source(script, tmp_path, name):
+    (tmp_path / "a.txt").write_text("some word and\nanother\n" * 50, encoding="utf-8")
+    for write, file in ((write_jsonl, "a.jsonl"), (write_parquet, "a.parquet")):
+        write(tmp_path / file)
+        write(tmp_path / f"body.{file}", column="body")
+    for flag, value in TYPED.items():
+        source = name if name == "stdlib" else tmp_path / name
+        if flag == "text_column" and flag in FIT[name]:
+            source = tmp_path / f"body.{name}"
+        result = run(script, source, tmp_path / flag, f"--{flag}={value}")
+        if flag in FIT[name]:
+            assert result.code == 0, (flag, result.err)
+        else:
+            refused(result, f"--{flag} has no effect")
+            assert result.code == 2 and not (tmp_path / flag / "train.bin").exists()
+
+
+def test_no_flag_is_ignored_where_nothing_is_read(script, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    assert run(script, tmp_path / "a.jsonl", tmp_path / "out").code == 0
+    from configurator import settings_of
+    from data import prepare
+
+    kept = {"source", "dataset", "verify"}
+    for flag, value in settings_of(vars(prepare)).items():
+        typed = {bool: True, int: 1, float: 0.5, str: "x"}[type(value)]
+        if flag not in kept:
+            flags = (f"--dataset={tmp_path / 'out'}", "--verify=True", f"--{flag}={typed}")
+            refused(script("data/prepare.py", *flags), f"--{flag} has no effect")
+    for flag in ("--num_proc=1", "--skip_bad=True", "--overwrite=True"):
+        base = (f"--source={tmp_path / 'a.jsonl'}", f"--dataset={tmp_path / 'out2'}")
+        refused(script("data/prepare.py", *base, "--merge=True", flag), "--merge=True", flag[:10])
+    refused(run(script, tmp_path / "a.jsonl", tmp_path / "o", "--num_proc=-1"), "num_proc", "-1")

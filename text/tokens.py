@@ -1,6 +1,7 @@
 """Token files as one stream of tokens, checked before they are believed."""
 
 import bisect
+import difflib
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from text.characters import CHARACTERS, read_characters
 from text.files import path_of
 from text.foreign import SCAN, check_finished, check_foreign, open_tokens
 from text.split import cut_at, split_parts, val_share
@@ -54,11 +56,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is damaged ({e}); run data/prepare.py again") from e
         found: dict[str, Any] = meta
         return found
-    if (folder / "meta.pkl").exists():
-        raise ValueError(
-            f"{folder / 'meta.pkl'} is a pickle, which can run code, and is not read; "
-            "prepare the text again with data/prepare.py"
-        )
+    if not folder.is_dir():
+        raise FileNotFoundError(missing(folder))
+    if (folder / CHARACTERS).exists():
+        size = len(read_characters(folder / CHARACTERS)) + 1  # and end-of-text
+        return {"tokenizer": CHARACTERS, "vocab_size": size, "dtype": "uint16", "splits": {}}
     for note in sorted(folder.glob("*/*.ds.metadata"))[:1]:
         name = note.read_text(encoding="utf-8").partition("\n")[0].partition("|")[0]
         if "gpt2" not in Path(name).name:
@@ -67,6 +69,24 @@ def read_meta(folder: Path) -> dict[str, Any]:
                 "as docs/datatrove.md shows"
             )
     return {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB, "dtype": "uint16", "splits": {}}
+
+
+def missing(folder: Path, split: str = "train") -> str:
+    """What to type where a dataset's folder, or a split in it, is not there."""
+    if (folder / "parts").exists():
+        return (
+            f"{folder} is not finished: run the same data/prepare.py command again to go on "
+            "(with --merge=True once all --shards=I/N are there)"
+        )
+    name = folder.name if folder.parent == DATA else str(folder)
+    flags = {"openwebtext": "", "stdlib": " --source=stdlib"}.get(
+        name, f" --source=PATH --dataset={name}"
+    )
+    there = [p.parent.name for p in sorted(DATA.glob("*/meta.json"))]
+    near = ", ".join(difflib.get_close_matches(folder.name, there, 3, 0.5) or there[:5])
+    what = f"no {split}.bin in {folder}" if folder.is_dir() else f"there is no dataset {folder}"
+    other = f"; there is: {near} (--dataset=...)" if near else ""
+    return f"{what}; make it with: python data/prepare.py{flags}{other}"
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -79,11 +99,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
         if files := list(folder.glob(pattern)):
             break
     else:
-        parts = " (its parts are there: add --merge=True)" if (folder / "parts").exists() else ""
-        raise FileNotFoundError(
-            f"no {split}.bin in {folder}; make it with: python data/prepare.py "
-            f"(or --source=stdlib for a small text that needs no download){parts}"
-        )
+        raise FileNotFoundError(missing(folder, split))
     if files[0].suffix == ".ds":
         check_finished(folder / split / "logs")
     return sorted(files, key=lambda path: NUMBER.sub(lambda m: m[0].zfill(20), path.name))
@@ -152,6 +168,16 @@ def open_part(stem: Path, dtype: str) -> OpenPart:
     return OpenPart(ids, table, val)
 
 
+def larger_share(meta: dict[str, Any], context: int) -> str:
+    """A val_fraction with which both splits hold a window, as a piece of a message; "" for none."""
+    tokens = sum(int(s.get("tokens", 0)) for s in meta["splits"].values())
+    share = 1.1 * (context + 1) / max(1, tokens)
+    if not 0 < share <= 0.5 or "val_fraction" not in meta:
+        return ""
+    up = math.ceil(100 * share) / 100
+    return f", or data/prepare.py --val_fraction={up:g} --overwrite=True"
+
+
 class TokenData:
     """One split of a dataset folder: its files read as one stream of tokens.
 
@@ -184,13 +210,13 @@ class TokenData:
         if self.tokens < context + 1:
             raise ValueError(
                 f"{path} has {self.tokens:,} tokens, fewer than one window of {context} + 1; "
-                "use more text or a smaller max_position_embeddings"
+                f"use more text, a smaller --max_position_embeddings{larger_share(meta, context)}"
             )
         if facts.get("max_id", 0) >= vocab_size:
             raise ValueError(self.too_large(facts["max_id"], str(path)))
         if "max_id" not in facts:
             for piece in self.pieces if "parts" not in meta else []:
-                check_foreign(piece.path, piece.ids)
+                check_foreign(piece.path, piece.ids, meta["tokenizer"] == "gpt2")
             n = min(SCAN, self.tokens)
             self.windows(np.linspace(0, self.tokens - n, SCANS, dtype=np.int64), n)
 

@@ -1,7 +1,7 @@
 """Measure a trained model: python evaluate.py --task=val --out_dir=out
 
 val        loss on a dataset's whole validation split, in the windows that training evaluates in
-text       perplexity of the text in --file, by a window that slides; end-of-text stands before it
+text       perplexity of the text in --file, by a window that slides; a document's start before it
 hellaswag  accuracy in choosing how a text goes on (arXiv 1905.07830), 10,042 items
 lambada    accuracy in guessing a text's last word (arXiv 1606.06031; OpenAI's version), 5,153 items
 
@@ -14,7 +14,8 @@ examples in the prompt (0-shot), and in float32 give its scores:
 
 - The score of an answer is the sum of the log-likelihoods of its tokens after the context. Context
   and answer are tokenized as one text; blanks at the context's end count to the answer. What does
-  not fit in the model's window is cut off at the left. An empty context is an end-of-text.
+  not fit in the model's window is cut off at the left. An empty context is an end-of-text, or the
+  start token of a model that was imported and has one.
 - HellaSwag: the context is "activity_label: ctx_a ctx_b", ctx_b capitalised; " [title]" becomes
   ". ", what is in square brackets goes, as do double blanks; a blank and an ending follow. acc
   counts the items whose right ending scores best; acc_norm does so after dividing the scores by the
@@ -135,11 +136,8 @@ def run_val(found: Pretrained, machine: Machine) -> dict[str, Any]:
     if "parts" not in meta:
         split_files(folder, "val")  # raises when there is none
     theirs = get_tokenizer(meta["tokenizer"], folder)
-    if not pretrained.same_ids(theirs, found.tok):
-        raise ValueError(
-            f"{found.path} has the tokenizer {found.tok.name!r}, but {folder} is in "
-            f"{theirs.name!r} or another version of it; choose another --dataset"
-        )
+    if problem := pretrained.mismatch(theirs, found.tok):
+        raise ValueError(f"{found.path} {problem} ({folder}); choose another --dataset")
     data = TokenData(folder, "val", 1, size.vocab_size)
     ids = data.ids[0] if len(data.ids) == 1 else np.concatenate(data.ids)
     window = size.max_position_embeddings
@@ -164,7 +162,7 @@ def run_text(found: Pretrained, machine: Machine) -> dict[str, Any]:
     step = stride or max(1, window // 2)
     if step > window:
         raise ValueError(f"stride must be at most the model's context, {window}, not {stride}")
-    ids = np.concatenate([[tok.eot], tok.encode_array(text)])
+    ids = np.concatenate([tok.prompt(""), tok.encode_array(text)])
     scores = measure(found, sliding(ids, window, step), tok.vocab_size, machine)
     results = stream_results(scores, len(ids) - 1, len(text.encode()))
     words = len(text.split())

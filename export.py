@@ -6,6 +6,7 @@ easygpt  a .pt under the key names of EasyGPT's published files
 """
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from configurator import configure
-from formats import checkpoint, easygpt, gguf, hf, listing, pretrained
+from formats import checkpoint, easygpt, gguf, hf, hub, listing, pretrained
 from model import GPT, GPTConfig
 from run import script
 from run.records import read_records
@@ -58,18 +59,24 @@ def published(model: GPT, tok: Tokenizer) -> tuple[dict[str, Tensor], GPTConfig]
 
 
 def to_hf(
-    folder: Path, weights: dict[str, Tensor], config: GPTConfig, tok: Tokenizer, card: str
+    folder: Path,
+    weights: dict[str, Tensor],
+    config: GPTConfig,
+    tok: Tokenizer,
+    card: str,
+    trained: bool,
 ) -> list[str]:
-    """Write the folder; the names of its files. A folder that holds other things is refused."""
-    settings = hf.config_json(config, DTYPES[dtype], tok.eot)
+    """Write the folder; the names of its files. A folder that holds other things is refused.
+
+    trained: by us; else the model was imported, and its tokenizer keeps its own behaviour.
+    """
     text = hf.tokenizer_json(tok)
-    context = config.max_position_embeddings
+    text = hf.trained_json(text) if trained else text
+    spec, context = json.loads(text), config.max_position_embeddings
     contents = {
-        "config.json": settings,
-        "generation_config.json": {
-            name: tok.eot for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        },
-        "tokenizer_config.json": hf.tokenizer_config(tok, json.loads(text), context),
+        "config.json": hf.config_json(config, DTYPES[dtype], hf.token_ids(tok, trained)),
+        "generation_config.json": hf.generation_config(tok, trained),
+        "tokenizer_config.json": hf.tokenizer_config(tok, spec, context, trained),
     }
     model = {"config.json", "model.safetensors", "tokenizer.json"}
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
@@ -95,7 +102,30 @@ def to_gguf(
             "its tokenizer.json is not a byte-level BPE with GPT-2's pattern, the one that is "
             "written to GGUF here; export it with --to=hf and run llama.cpp's convert_hf_to_gguf.py"
         )
-    gguf.write(file, weights, config, tokens, tok.eot, dtype, name, license)
+    gguf.write(file, weights, config, tokens, tok, dtype, name, license)
+
+
+def target_path(run: Path) -> Path:
+    """The folder or file to write: `output`, or in the run's folder.
+
+    A file goes into an `output` that is a folder or ends like one. Raises ValueError for a file
+    that stands where a folder is to be.
+    """
+    names = {"hf": "hf", "gguf": f"model-{gguf.FILE_TYPES[dtype][1]}.gguf", "easygpt": "easygpt.pt"}
+    target = path_of(output) if output else run / names[to]
+    is_folder = target.is_dir() or output.endswith(("/", os.sep))
+    if to != "hf" and output and is_folder:
+        target = target / names[to]
+    folders = [target, *target.parents] if to == "hf" else [*target.parents]
+    if blocked := next((p for p in folders if p.exists() and not p.is_dir()), None):
+        raise ValueError(
+            f"{blocked} is a file, and a folder is to be there; choose another --output"
+        )
+    if to != "hf" and target.is_dir():
+        raise ValueError(
+            f"{target} is a folder, and a file is to be there; choose another --output"
+        )
+    return target
 
 
 def model_card(
@@ -143,10 +173,15 @@ def model_card(
         "```",
         "",
     ]
-    lines += [
-        "`<|endoftext|>` and its like in a text are read as text (`split_special_tokens`), as in"
-    ]
-    lines += ["training. Documents were separated by end-of-text, so a new one starts from it.", ""]
+    if pretrained.trained(state):
+        lines += [
+            "In training documents were separated by end-of-text, so a new one starts from it."
+        ]
+    if not tok.stated.get("tokenizer"):
+        lines += [
+            "`<|endoftext|>` and its like in a text are read as text (`split_special_tokens`)."
+        ]
+    lines += [""]
     return "\n".join(lines)
 
 
@@ -188,26 +223,23 @@ def main() -> None:
     path, model, tok, state, problems = pretrained.load(init_from, out_dir)
     for problem in problems:
         print(f"passed over: {problem}", file=sys.stderr)
-    ours = path.suffix in listing.KINDS
+    ours = path.suffix in listing.KINDS and not init_from.startswith(hub.PREFIX)  # no cache's
     run = path.parent if ours else path_of(out_dir)
     weights, config = published(model, tok)
-    given = path_of(output) if output else None
-    (given or run / to).parent.mkdir(parents=True, exist_ok=True)
+    target = target_path(run)
+    target.parent.mkdir(parents=True, exist_ok=True)
     name = push.split("/")[-1] or (path if path.is_dir() and not ours else run).resolve().name
     names: list[str] = []
     if to == "hf":
-        target = given or run / "hf"
         parameters = sum(w.numel() for w in weights.values())
         card = model_card(name, state, config, parameters, tok, run)
-        names = to_hf(target, weights, config, tok, card)
+        names = to_hf(target, weights, config, tok, card, pretrained.trained(state))
         if "![Loss" in card:
             shutil.copyfile(run / "loss.png", target / "loss.png")
             names.append("loss.png")
     elif to == "gguf":
-        target = given or run / f"model-{gguf.FILE_TYPES[dtype][1]}.gguf"
         to_gguf(target, weights, config, tok, name)
     else:
-        target = given or run / "easygpt.pt"
         renamed, args = easygpt.written(weights, config, DTYPES[dtype])
         kept: dict[str, Any] = {"model": renamed, "model_args": args}
         kept |= {k: state[k] for k in ("iter_num", "best_val_loss", "tokenizer") if k in state}

@@ -58,7 +58,7 @@ def read_prompt(text: str) -> str:
 
 def prompt_ids(tok: Tokenizer, text: str, model: GPT) -> list[int]:
     """The tokens of a prompt; a new document for an empty one. Too long: the end that fits."""
-    ids = tok.encode(text) or [tok.eot]
+    ids = tok.prompt(text)
     context = model.config.max_position_embeddings
     if len(ids) > context:
         print(f"prompt of {len(ids)} tokens: only the last {context} are read", file=sys.stderr)
@@ -67,13 +67,13 @@ def prompt_ids(tok: Tokenizer, text: str, model: GPT) -> list[int]:
 
 
 def write(pieces: Iterator[torch.Tensor], tok: Tokenizer) -> int:
-    """Print a row of tokens as text as they come, up to end-of-text; how many there were."""
+    """Print a row of tokens as text as they come, up to one that ends it; how many there were."""
     decoder = StreamDecoder(tok)
     count = 0
     try:
         for token in pieces:
             number = int(token)  # waits for the device
-            if number == tok.eot:
+            if number in tok.ends:
                 break
             count += 1
             print(decoder.push(number), end="", flush=True)

@@ -175,7 +175,7 @@ def main() -> None:
     start = Start(as_set)
     if rank == 0:
         start = find_start(source, out, as_set, batch_size, whole=not sharded)
-        start.check(as_set, tok, now)
+        tok = start.check(as_set, tok, now)
     start = start.shared(team, sharded)
     state, context = start.state, start.config.max_position_embeddings
     windows = windows_of_rank(tokens_per_step, context, ranks)
@@ -257,9 +257,8 @@ def main() -> None:
     peak = (peak_flops(machine.device) or 0) * ranks
     log = Log(out, rank, wandb, state.iter_num, max_iters, log_interval, curve)
     log.measure(tokens_per_step, flops, peak)
-    tokenizer = {"name": tok.name, "vocab_size": tok.vocab_size, "json": tok.json_text}
     origin = settings | {"init_from": start.origin}
-    facts = now | {"config": origin, "tokenizer": tokenizer}  # of every checkpoint
+    facts = now | {"config": origin, "tokenizer": tok.saved()}  # of every checkpoint
     saver.begin(state.iter_num if start.resumed else -1, checkpoint_interval, checkpoint_minutes)
 
     # --- the loop

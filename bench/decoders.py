@@ -67,7 +67,7 @@ def transformers_decoder(model: GPT, folder: Path, dtype: torch.dtype) -> Decode
     from transformers import LlamaForCausalLM  # few have it, and it takes seconds
 
     weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    settings = json.dumps(hf.config_json(model.config, dtype, 0))
+    settings = json.dumps(hf.config_json(model.config, dtype, {"eos_token_id": 0}))
     (folder / "config.json").write_text(settings, encoding="utf-8")
     hf.write_weights(folder / "model.safetensors", weights, dtype)
     how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
@@ -108,7 +108,7 @@ def llama_cpp_decoders(model: GPT, folder: Path, dtype: str) -> list[Decoder]:
     found = []
     for kind in (dtype, "q8_0"):
         path = folder / f"{kind}.gguf"
-        gguf.write(path, weights, config, tokens, tok.eot, kind, "random", "mit")
+        gguf.write(path, weights, config, tokens, tok, kind, "random", "mit")
         generate = by_llama_cpp(path, config.max_position_embeddings)
         found.append(Decoder(f"llama.cpp {kind}", generate, path.stat().st_size, batches=False))
     return found

@@ -64,7 +64,7 @@ def build(name: str, config: GPTConfig) -> tuple[Any, Loss]:
     if name == "transformers":
         from transformers import LlamaConfig, LlamaForCausalLM  # few have it, and it takes seconds
 
-        settings = hf.config_json(config, torch.float32, 0) | {"attn_implementation": "sdpa"}
+        settings = hf.config_json(config, torch.float32, {}) | {"attn_implementation": "sdpa"}
         llama = LlamaForCausalLM(LlamaConfig(**settings))
         return llama, lambda net, x, y: net(input_ids=x, labels=x, use_cache=False).loss
     peer = load_peer(name)

@@ -41,9 +41,11 @@ from data.sniff import OF_FILES, OF_HUB, check_separator, no_separator, refuse_u
 from data.verify import check_folder
 from data.vocabulary import train_bpe
 from data.workers import BATCH, MARK, Job, check_disk, cores, encode_parts, enough, facts_of
+from formats import hub
 from run import script
 from run.folder import Held, Lock
 from text import encoding as encodings
+from text import stated
 from text.files import path_of, write
 from text.tokenizer import Tokenizer, get_tokenizer
 from text.tokens import dataset_folder
@@ -51,7 +53,8 @@ from text.tokens import dataset_folder
 # what
 source = "hub:Skylion007/openwebtext"  # hub:NAME, stdlib, a file, a folder, or a pattern with *
 dataset = ""  # name of the folder under data/ to write, or a path; empty = from the source
-tokenizer = "auto"  # gpt2, bytes, PATH of a tokenizer.json, train:8192; auto = gpt2, stdlib bytes
+tokenizer = "auto"  # gpt2, bytes, PATH of a tokenizer.json or its folder, hf:USER/NAME, train:8192
+eot = ""  # token between documents, such as <|im_end|>; empty = what the tokenizer's folder states
 text_column = "text"  # of files of rows; dots lead inside: data.text
 template = ""  # several columns as one text, such as "{title}\\n\\n{text}"
 separator = ""  # between the documents of a text file, such as <|endoftext|>; empty = a file is one
@@ -75,6 +78,7 @@ verify = False  # only check the folder: counts, hashes, range of the ids; show 
 
 OF_MAKING: tuple[str, ...] = (
     "tokenizer",
+    "eot",
     "max_tokens",
     "shards",
     "merge",
@@ -83,13 +87,15 @@ OF_MAKING: tuple[str, ...] = (
     "num_proc",
 )
 OF_MAKING += ("skip_bad", "overwrite")
+NAMES = ("gpt2", "bytes")  # of tokenizers that come without a file
 LOCK_ATTEMPTS = 50  # of a share, a tenth of a second apart
 
 
 def prepare(out: Path, name: str) -> None:
     """Make the dataset folder, or the parts of a share of it, with the tokenizer `name`."""
     work, limit, asked = out / "parts", parse_count(max_tokens), request(name)
-    plan = {"format": 1, "batch": BATCH, **asked}
+    kind = 1 if name in NAMES or name.startswith("train:") else 2  # 2: end-of-text as stated
+    plan = {"format": kind, "batch": BATCH, **asked}
     if (work / "meta.json").exists() and publish(out).get("request") == asked:
         print(f"{out} is complete")  # the last run was killed at the very end
         return
@@ -123,7 +129,7 @@ def prepare(out: Path, name: str) -> None:
             processes = num_proc or cores()
             check_disk(out, [*todo.values()], name, most, processes)
             job_name = tok.name if tok.json_text is None else "tokenizer.json"
-            job = Job(str(work), job_name, tok.json_text, how, skip_bad, most)
+            job = Job(str(work), job_name, tok.json_text, tok.eot, how, skip_bad, most)
             if (work / "assembly.json").exists():
                 raise ValueError(f"{source} has changed meanwhile; add --overwrite=True")
             encode_parts(todo, have, job, processes, chosen)
@@ -170,7 +176,7 @@ def request(name: str) -> dict[str, Any]:
     """The settings that a dataset's bytes depend on; some only where they are set."""
     what = {"source": source, "subset": subset, "split": split, "revision": revision}
     what |= {"tokenizer": name, "text_column": text_column, "separator": separator}
-    newer = {"template": template, "encoding": encoding, "val_split": val_split}
+    newer = {"eot": eot, "template": template, "encoding": encoding, "val_split": val_split}
     what |= {k: v for k, v in newer.items() if v}  # datasets of before do not have them
     amount = {"max_tokens": max_tokens, "shards": "" if "/" in shards else shards}
     return {**what, **amount, "val_fraction": val_fraction, "seed": seed}
@@ -255,8 +261,14 @@ def parse_count(text: str) -> int:
 
 
 def load_tokenizer(name: str, found: Source, work: Path) -> Tokenizer:
-    """The tokenizer of the settings; its tokenizer.json is kept in `work`, trained only once."""
+    """The tokenizer of the settings; its tokenizer.json is kept in `work`, trained only once.
+
+    Documents end with the token that `eot` names, else with what the files beside the
+    tokenizer.json state; of a model on the Hub only these small files are downloaded.
+    """
     kept = work / "tokenizer.json"
+    if name in NAMES or name.startswith("train:"):
+        refuse(f"with --tokenizer={name}, whose end-of-text is its own", "eot")
     if name.startswith("train:"):
         if not name[6:].isdigit():
             raise ValueError(f"tokenizer must be like train:8192, not {name!r}")
@@ -265,9 +277,19 @@ def load_tokenizer(name: str, found: Source, work: Path) -> Tokenizer:
             text = train_bpe(found, int(name[6:]), reading(), folder, skip_bad)
             write(kept, text, MARK)
         return get_tokenizer(str(kept))
-    tok = get_tokenizer(str(path_of(name)) if name.endswith(".json") else name)
-    if tok.json_text is not None:
-        write(kept, tok.json_text, MARK)
+    if name in NAMES:
+        return get_tokenizer(name)
+    path = path_of(name)
+    if name.startswith(hub.PREFIX):
+        path = hub.find(name.removeprefix(hub.PREFIX), (*stated.FILES, "tokenizer.json"))
+    path = path / "tokenizer.json" if path.is_dir() else path
+    tok = get_tokenizer(str(path), eot=eot or None)
+    if tok.guessed:
+        print(
+            f"taken for end-of-text, since no file states one: {tok.shown(tok.eot)} (else --eot=)"
+        )
+    assert tok.json_text is not None
+    write(kept, tok.json_text, MARK)
     return tok
 
 

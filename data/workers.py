@@ -42,6 +42,7 @@ class Job:
     work: str  # folder of the parts
     tokenizer: str
     json_text: str | None
+    eot: int
     reading: Reading
     skip_bad: bool
     limit: int  # tokens after which a part may end
@@ -54,7 +55,7 @@ _counters: Any = None  # documents, bytes and tokens done by all workers togethe
 def start_worker(job: Job, counters: Any) -> None:
     """Load the tokenizer, leave Ctrl-C to the parent, and end when the parent has ended."""
     global _tok, _counters
-    _tok = get_tokenizer(job.tokenizer, json_text=job.json_text, bulk=True)
+    _tok = get_tokenizer(job.tokenizer, json_text=job.json_text, bulk=True, eot=job.eot)
     _counters = counters
     parent = multiprocessing.parent_process()
     if parent is not None:

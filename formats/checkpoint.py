@@ -94,13 +94,22 @@ def load(path: Path, whole: bool = True) -> dict[str, Any]:
     return saved
 
 
+def of_run(out_dir: Path) -> list[Path]:
+    """The checkpoints of a run in a folder, the newest first; nanoGPT's last."""
+    nanogpts = out_dir / "ckpt.pt"
+    return checkpoints(out_dir) + [nanogpts] * nanogpts.exists()
+
+
 def load_newest(out_dir: Path, whole: bool = True) -> tuple[Path, dict[str, Any], list[str]]:
     """The newest good checkpoint of a run: its path, its contents, and what was wrong with newer.
 
     whole is `load`'s. Raises FileNotFoundError when there is none, ValueError when all are bad.
     """
-    nanogpts = out_dir / "ckpt.pt"
-    paths = checkpoints(out_dir) + [nanogpts] * nanogpts.exists()
+    paths = of_run(out_dir)
+    if out_dir.is_file():
+        raise ValueError(
+            f"{out_dir} is a file, and a run is a folder; a checkpoint is --init_from={out_dir}"
+        )
     if not paths:
         raise FileNotFoundError(
             f"no checkpoint in {out_dir}; train one first (python train.py ... "

@@ -10,6 +10,7 @@ from torch import Tensor
 from formats.hf import ByteLevelBPE
 from model import GPTConfig
 from text.files import replacing
+from text.tokenizer import Tokenizer
 
 NAMES = {  # ours -> GGUF's
     "embed_tokens": "token_embd",
@@ -42,7 +43,7 @@ def write(
     weights: dict[str, Tensor],
     config: GPTConfig,
     tokens: ByteLevelBPE,
-    eot: int,
+    tok: Tokenizer,
     dtype: str,
     name: str,
     licence: str,
@@ -61,7 +62,7 @@ def write(
             writer = gguf.GGUFWriter(temp, "qwen3" if config.qk_norm else "llama")
             with contextlib.closing(writer):
                 add_metadata(writer, config, dtype, name, licence)
-                add_tokenizer(writer, tokens, config.vocab_size, eot)
+                add_tokenizer(writer, tokens, config.vocab_size, tok)
                 for key, value in weights.items():
                     data = np.ascontiguousarray(interleaved(key, value.float().numpy(), config))
                     kind = gguf.GGMLQuantizationType[number_type(data, dtype)]
@@ -131,27 +132,42 @@ def add_metadata(writer: Any, config: GPTConfig, dtype: str, name: str, licence:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def add_tokenizer(writer: Any, tokens: ByteLevelBPE, vocab_size: int, eot: int) -> None:
-    """The vocabulary, as a byte-level BPE with GPT-2's pattern."""
+def add_tokenizer(writer: Any, tokens: ByteLevelBPE, vocab_size: int, tok: Tokenizer) -> None:
+    """The vocabulary, as a byte-level BPE with GPT-2's pattern, and what its ids mean.
+
+    llama.cpp stops at the ids of eos, eot and eom, and at those whose texts it knows.
+    """
     import gguf
 
     texts = {i: text for text, i in tokens.vocab.items()}
     unused = {i: f"<|unused {i}|>" for i in range(vocab_size) if i not in texts}
     kinds = gguf.TokenType
+    control = {*tokens.special, tok.eot}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([texts.get(i) or unused[i] for i in range(vocab_size)])
     writer.add_token_types(
         [
-            kinds.CONTROL if i in tokens.special else kinds.UNUSED if i in unused else kinds.NORMAL
+            kinds.CONTROL
+            if i in control
+            else kinds.UNUSED
+            if i in unused
+            else kinds.USER_DEFINED  # found in a text before all else
+            if i in tokens.added
+            else kinds.NORMAL
             for i in range(vocab_size)
         ]
     )
     # llama.cpp refuses a file without merges, which bytes have none of; this one never applies
-    none = [[texts[eot], texts[eot]]]
+    none = [[texts[tok.eot], texts[tok.eot]]]
     writer.add_token_merges([" ".join(pair) for pair in tokens.merges or none])
-    writer.add_bos_token_id(eot)
-    writer.add_eos_token_id(eot)
-    writer.add_add_bos_token(False)
+    writer.add_bos_token_id(tok.begin if tok.bos is None else tok.bos)
+    writer.add_eos_token_id(tok.eot)
+    others = sorted(tok.ends - {tok.eot})
+    for i, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(i)
+    if tok.pad is not None:
+        writer.add_pad_token_id(tok.pad)
+    writer.add_add_bos_token(bool(tok.prefix))
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)

@@ -1,5 +1,9 @@
 """Hugging Face's model folders, read and written: config.json, safetensors, tokenizer.json.
 
+Read are Llama and Qwen3, and what differs from a Llama by its name only: Mistral and Ministral
+whose window holds the context, and SmolLM3 with positions in all layers. Written is a Llama, or a
+Qwen3 with qk_norm.
+
 A folder comes from a stranger: none of its code runs, no name in it leads out of it, and sizes are
 compared with the tensors that are really there before any memory is taken.
 """
@@ -9,8 +13,8 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,19 +23,46 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from formats import hub
+from formats.hub import PREFIX
+from formats.others import GPT2, TAKEN, instead
 from model import GPT, GPTConfig
-from text.files import named_reason, path_of, replacing
+from text import stated
+from text.files import read_json, replacing
 from text.tokenizer import Tokenizer, byte_characters, get_tokenizer, gpt2_ranks
 
-PREFIX = "hf:"  # of a folder's path or a Hub name among the values of init_from
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # by model_type
+
+class Family(NamedTuple):
+    """What a model_type means."""
+
+    architecture: str
+    defaults: Mapping[str, Any]  # of transformers' configuration, where they are not Llama's
+    biases: tuple[str, ...] = ()  # the settings for biases that it has
+
+
+WINDOW = {"num_key_value_heads": 8, "max_position_embeddings": 2**17, "sliding_window": 4096}
+SMOLLM3: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2**15,
+    "no_rope_layers": None,
+}
+SMOLLM3 |= {"tie_word_embeddings": True, "rope_theta": 2000000.0}
+BIASES = ("attention_bias", "mlp_bias")
+FAMILIES = {  # by model_type; all but Qwen3 are Llamas by another name
+    "llama": Family("LlamaForCausalLM", {}, BIASES),
+    "qwen3": Family("Qwen3ForCausalLM", {"head_dim": 128}, ("attention_bias",)),
+    "mistral": Family("MistralForCausalLM", WINDOW),
+    "ministral": Family("MinistralForCausalLM", WINDOW),
+    "smollm3": Family("SmolLM3ForCausalLM", SMOLLM3, BIASES),
+}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 MAX_CONTEXT = 2**20  # tokens; the tables of positions are that long,
 MAX_TABLE = 2**27  # numbers in one: a million tokens with heads of 128
-MAX_JSON = 2**27  # bytes; the largest tokenizer.json that people use has 35 MB
 SHORT = reprlib.Repr()  # for values in messages
 SHORT.maxstring = 80
-FILES = ("config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json")
+# A repository's files that tell whether it is taken; one of weights alone has but the last.
+SMALL = (*stated.FILES, "tokenizer.json", "README.md")
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
 
 def load(name: str) -> tuple[Path, dict[str, Any]]:
@@ -41,43 +72,13 @@ def load(name: str) -> tuple[Path, dict[str, Any]]:
     train.py writes. Raises ValueError or OSError (one line) for a folder that is incomplete,
     damaged, or of a model that cannot be represented, listing all reasons.
     """
-    folder = find(name.removeprefix(PREFIX))
+    name = name.removeprefix(PREFIX)
+    folder = hub.find(name, SMALL)
     config = model_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    hub.find(name, WEIGHTS)  # gigabytes, which another kind of model is not worth
     weights = read_weights(folder, config)
-    tok = read_tokenizer(folder)
-    saved = {"name": tok.name, "vocab_size": tok.vocab_size, "json": tok.json_text}
-    return folder, {"model": weights, "model_args": asdict(config), "tokenizer": saved}
-
-
-def find(name: str) -> Path:
-    """The folder `name`, or the copy of the Hub's repository USER/NAME in the Hub's cache."""
-    if name and path_of(name).is_dir():
-        return path_of(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path_of(name).exists():
-        raise FileNotFoundError(f"there is no folder {name!r} (from the Hub: hf:USER/NAME)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
-    except Exception as e:  # the Hub's, the network's and the disk's errors have no common class
-        raise OSError(
-            f"there is no folder {name!r}, and the Hub did not give such a model: {named_reason(e)}"
-        ) from e
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError or OSError with the path."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
-    if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes: not read")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
+    tokenizer = read_tokenizer(folder).saved()
+    return folder, {"model": weights, "model_args": asdict(config), "tokenizer": tokenizer}
 
 
 # --- config.json
@@ -88,16 +89,19 @@ def model_config(raw: dict[str, Any], where: str) -> GPTConfig:
 
     Raises ValueError listing all that this model cannot represent.
     """
-    family = raw.get("model_type")
-    wanted = FAMILIES.get(family) if isinstance(family, str) else None
-    names = raw.get("architectures") or [wanted]
+    kind = raw.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    wanted, defaults, biases = family or FAMILIES["llama"]
+    raw = {**defaults, **raw}
     problems = unsupported(raw)
-    if wanted is None or names != [wanted]:
-        kind = f"{SHORT.repr(raw.get('architectures'))} of model_type {SHORT.repr(family)}"
-        problems.insert(0, f"architecture {kind}, not {' or '.join(FAMILIES.values())}")
+    if family is None or (raw.get("architectures") or [wanted]) != [wanted]:
+        found = f"{SHORT.repr(raw.get('architectures'))} of model_type {SHORT.repr(kind)}"
+        found += f", {GPT2}" if kind == "gpt2" else ""
+        problems.insert(0, f"architecture {found}, not {TAKEN}")
 
     def number(name: str, default: float | None = None, source: Any = raw) -> Any:
         value = source.get(name)
+        value = defaults.get(name) if value is None else value
         value = default if value is None else value
         kinds = (int, float) if name in ("rms_norm_eps", "rope_theta") else int
         low = 1 if name == "rope_theta" else 0  # below, the angles overflow
@@ -107,7 +111,7 @@ def model_config(raw: dict[str, Any], where: str) -> GPTConfig:
         return value
 
     def flag(name: str) -> bool:
-        value = raw.get(name) or False
+        value = raw.get(name) or False if name in (*biases, "tie_word_embeddings") else False
         if not isinstance(value, bool):
             problems.append(f"{name} {SHORT.repr(value)}")
         return bool(value)
@@ -122,14 +126,14 @@ def model_config(raw: dict[str, Any], where: str) -> GPTConfig:
         "num_hidden_layers": number("num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": number("num_key_value_heads", heads),
-        "head_dim": number("head_dim", 128 if family == "qwen3" else hidden // heads),
+        "head_dim": number("head_dim", hidden // heads),
         "max_position_embeddings": number("max_position_embeddings", 2048),
         "rms_norm_eps": number("rms_norm_eps", 1e-6),
         "rope_theta": float(number("rope_theta", 10000.0, rope)),
         "tie_word_embeddings": flag("tie_word_embeddings"),
-        "qk_norm": family == "qwen3",
+        "qk_norm": kind == "qwen3",
         "attention_bias": flag("attention_bias"),
-        "mlp_bias": family == "llama" and flag("mlp_bias"),
+        "mlp_bias": flag("mlp_bias"),
     }
     if values["max_position_embeddings"] > MAX_CONTEXT:
         problems.append(f"context of {values['max_position_embeddings']}, above {MAX_CONTEXT}")
@@ -140,7 +144,9 @@ def model_config(raw: dict[str, Any], where: str) -> GPTConfig:
             return GPTConfig(**values)
         except ValueError as e:
             problems.append(str(e))
-    raise ValueError(f"{where} has what this model cannot represent: {'; '.join(problems)}")
+    raise ValueError(
+        f"{where} has what this model cannot represent: {'; '.join(problems)}; {instead(kind)}"
+    )
 
 
 def unsupported(raw: dict[str, Any]) -> list[str]:
@@ -162,20 +168,34 @@ def unsupported(raw: dict[str, Any]) -> list[str]:
             problems.append("rope on a part of each head")
     if raw.get("partial_rotary_factor", 1) != 1:
         problems.append("rope on a part of each head")
-    layers = raw.get("layer_types") or []
-    full = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
-    if raw.get("use_sliding_window") or not full:
-        problems.append("attention in a sliding window")
+    problems += sliding(raw)
+    if "no_rope_layers" in raw:  # SmolLM3; by default every fourth layer has none
+        turned = raw["no_rope_layers"]
+        if not isinstance(turned, list) or not all(turned):
+            problems.append("layers without rope")
     if raw.get("quantization_config"):
         problems.append("quantised weights")
     return problems
 
 
-def config_json(config: GPTConfig, dtype: torch.dtype, eot: int) -> dict[str, Any]:
+def sliding(raw: dict[str, Any]) -> list[str]:
+    """What is wrong with a config.json's attention windows; one that holds the context is none."""
+    layers, window = raw.get("layer_types") or [], raw.get("sliding_window")
+    kinds = set(map(str, layers)) if isinstance(layers, list) else {"unknown"}
+    always = raw.get("model_type") in ("mistral", "ministral") and window is not None
+    if kinds - {"full_attention", "sliding_attention"}:
+        return [f"attention of the kinds {SHORT.repr(layers)}"]
+    used = always or raw.get("use_sliding_window") or "sliding_attention" in kinds
+    context = raw.get("max_position_embeddings")
+    holds = type(window) is int and type(context) is int and window >= context
+    return [f"attention in a sliding window of {SHORT.repr(window)}"] if used and not holds else []
+
+
+def config_json(config: GPTConfig, dtype: torch.dtype, ids: dict[str, Any]) -> dict[str, Any]:
     """config.json for a model: Llama, or Qwen3 where queries and keys are normalised.
 
-    In the words of transformers 4, which 5, vLLM and llama.cpp read, too. Raises ValueError when
-    neither has the model's features.
+    ids: as from token_ids. In the words of transformers 4, which 5, vLLM and llama.cpp read, too.
+    Raises ValueError when neither has the model's features.
     """
     family = "qwen3" if config.qk_norm else "llama"
     if config.qk_norm and config.mlp_bias:
@@ -185,7 +205,7 @@ def config_json(config: GPTConfig, dtype: torch.dtype, eot: int) -> dict[str, An
     if config.qk_norm:
         del sizes["mlp_bias"]
     return {
-        "architectures": [FAMILIES[family]],
+        "architectures": [FAMILIES[family].architecture],
         "model_type": family,
         **sizes,
         "hidden_act": "silu",
@@ -193,8 +213,7 @@ def config_json(config: GPTConfig, dtype: torch.dtype, eot: int) -> dict[str, An
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
+        **ids,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -325,14 +344,18 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             f"{folder} has no tokenizer.json; make one with transformers: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    read_json(path)  # not too large, and an object
-    return known(get_tokenizer(path.name, folder))
+    spec = read_json(path)  # not too large, and an object
+    tok = get_tokenizer(path.name, folder, own=True)
+    return tok if adds_tokens(spec) else known(tok)
 
 
 def known(tok: Tokenizer) -> Tokenizer:
-    """Our GPT-2 or bytes for a tokenizer.json that gives the same ids; others as they are."""
+    """Our GPT-2 or bytes for a tokenizer.json that gives the same ids and ends documents alike.
+
+    What else a model's files state is kept; other tokenizers are returned as they are.
+    """
     name = {257: "bytes", 50257: "gpt2"}.get(tok.vocab_size)
-    if name is None or tok.json_text is None:
+    if name is None or tok.json_text is None or tok.eot != tok.vocab_size - 1:
         return tok
     try:
         ours = get_tokenizer(name)
@@ -341,7 +364,20 @@ def known(tok: Tokenizer) -> Tokenizer:
     same = byte_level_bpe(json.loads(tokenizer_json(ours))) == byte_level_bpe(
         json.loads(tok.json_text)
     )
-    return ours if same else tok
+    kept = {k: getattr(tok, k) for k in ("ends", "begin", "bos", "pad", "stated")}
+    return replace(ours, **kept) if same else tok
+
+
+def adds_tokens(spec: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json puts tokens of its own before or behind a text."""
+    steps = json.dumps(spec.get("post_processor"))
+    return any(f'"{kind}Processing"' in steps for kind in ("Template", "Bert", "Roberta"))
+
+
+def ids_alone(json_text: str) -> dict[str, Any]:
+    """Of a tokenizer.json what decides a text's ids, here where nothing is added or cut off."""
+    without = ("version", "post_processor", "truncation", "padding")
+    return {k: v for k, v in json.loads(json_text).items() if k not in without}
 
 
 class ByteLevelBPE(NamedTuple):
@@ -350,6 +386,7 @@ class ByteLevelBPE(NamedTuple):
     vocab: dict[str, int]  # in GPT-2's stand-in characters, see tokenizer.byte_characters
     merges: list[list[str]]
     special: list[int]  # ids that no text has
+    added: list[int]  # ids whose text is taken out of a text before it is split
 
 
 def byte_level_bpe(spec: dict[str, Any]) -> ByteLevelBPE | None:
@@ -371,7 +408,8 @@ def byte_level_bpe(spec: dict[str, Any]) -> ByteLevelBPE | None:
     vocab = {**model["vocab"], **{text: i for text, (i, _) in added.items()}}
     merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
     special = sorted(i for i, is_special in added.values() if is_special)
-    return ByteLevelBPE(vocab, merges, special)
+    plain = sorted(i for i, is_special in added.values() if not is_special)
+    return ByteLevelBPE(vocab, merges, special, plain)
 
 
 def tokenizer_json(tok: Tokenizer) -> str:
@@ -436,20 +474,70 @@ def merges_of(ranks: dict[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
             yield parts[0], parts[1]
 
 
-def tokenizer_config(tok: Tokenizer, spec: dict[str, Any], context: int) -> dict[str, Any]:
-    """tokenizer_config.json: end-of-text by name, and special tokens that a text spells are text.
+# --- what stands beside the weights, for other tools
+#
+# trained: the model was trained here. Else it was imported, and keeps what it came with.
 
-    Without split_special_tokens transformers would take "<|endoftext|>" in a text for the token.
+
+def token_ids(tok: Tokenizer, trained: bool) -> dict[str, Any]:
+    """What is in config.json: after training here a document begins where another one ended.
+
+    A pad token is there if one was, since transformers gives its embedding no gradient.
     """
+    pad = stated.ids((tok.stated.get("model") or {}).get("pad_token_id"), tok.vocab_size)
+    ends = [tok.eot, *sorted(tok.ends - {tok.eot})]
+    return {
+        "bos_token_id": tok.eot if tok.bos is None and trained else tok.bos,
+        "eos_token_id": ends if len(ends) > 1 else tok.eot,
+        **({"pad_token_id": pad[0]} if pad else {}),
+    }
+
+
+def generation_config(tok: Tokenizer, trained: bool) -> dict[str, Any]:
+    """generation_config.json: what stops transformers' generate."""
+    if not trained and tok.stated.get("generation"):
+        return dict(tok.stated["generation"])
+    pad = tok.eot if tok.pad is None else tok.pad
+    return token_ids(tok, trained) | {"pad_token_id": pad}
+
+
+def trained_json(text: str) -> str:
+    """A tokenizer.json that adds, cuts off and pads nothing, as in training here."""
+    spec = json.loads(text)
+    if not (adds_tokens(spec) or spec.get("truncation") or spec.get("padding")):
+        return text
+    kept = None if adds_tokens(spec) else spec.get("post_processor")
+    plain = {"truncation": None, "padding": None, "post_processor": kept}
+    return json.dumps(spec | plain, ensure_ascii=False)
+
+
+def tokenizer_config(
+    tok: Tokenizer, spec: dict[str, Any], context: int, trained: bool = True
+) -> dict[str, Any]:
+    """tokenizer_config.json: nothing is added to a text, and special tokens in it are text.
+
+    spec: the tokenizer.json. Without split_special_tokens transformers would take "<|endoftext|>"
+    in a text for the token. A chat template writes such marks as text, though, so with one they are
+    tokens. Without add_bos_token llama.cpp's converter would have some kinds begin a text with one.
+    """
+    theirs = dict(tok.stated.get("tokenizer") or {})
+    if theirs and not trained:
+        theirs.pop("auto_map", None)  # names Python files, which are not here
+        return theirs
     vocab = spec["model"]["vocab"]  # text -> id, or Unigram's list of [text, score]
     texts = dict(enumerate(t for t, _ in vocab)) if isinstance(vocab, list) else {}
     texts |= {i: text for text, i in vocab.items()} if isinstance(vocab, dict) else {}
-    eot = {**texts, **{t["id"]: t["content"] for t in spec.get("added_tokens") or []}}[tok.eot]
+    texts |= {t["id"]: t["content"] for t in spec.get("added_tokens") or []}
+    template = theirs.get("chat_template")
+    bos = tok.eot if tok.bos is None and trained else tok.bos
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": eot,
-        "eos_token": eot,
+        **({} if bos is None else {"bos_token": texts[bos]}),
+        "eos_token": texts[tok.eot],
+        **({} if tok.pad is None else {"pad_token": texts[tok.pad]}),
+        **({"add_bos_token": False, "add_eos_token": False} if trained else {}),
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
+        "split_special_tokens": not template,
+        **({"chat_template": template} if template else {}),
     }

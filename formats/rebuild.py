@@ -7,6 +7,7 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 from formats.easygpt import RENAMED_ARGS, clean_state_dict
+from formats.others import gpt2_refusal
 from model import GPT, GPTConfig
 
 
@@ -19,6 +20,8 @@ def model_config(saved: dict[str, Any], path: Path) -> GPTConfig:
     args = {RENAMED_ARGS.get(k, k): v for k, v in given.items()}
     if not args:
         raise ValueError(f"{path} has no 'model_args': it does not tell the model's sizes")
+    if {"n_layer", "n_embd"} <= args.keys():
+        raise ValueError(gpt2_refusal(f"{path}, which nanoGPT wrote,"))
     if args.pop("bias", False):  # EasyGPT's name for both
         args |= {"attention_bias": True, "mlp_bias": True}
     fields = {f.name: f for f in dataclasses.fields(GPTConfig)}

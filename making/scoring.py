@@ -52,12 +52,12 @@ class Score(NamedTuple):
 def encode_pair(tok: Tokenizer, context: str, answer: str) -> tuple[list[int], list[int]]:
     """The ids of a context and those that an answer adds to them, tokenized as one text.
 
-    Blanks at the context's end count to the answer; an empty context is an end-of-text.
+    Blanks at the context's end count to the answer; an empty context is a document's start.
     """
     head = context.rstrip()
     answer = context[len(head) :] + answer
     if not head:
-        return [tok.eot], tok.encode(answer)
+        return tok.prompt(""), tok.encode(answer)
     ids = tok.encode(head)
     return ids, tok.encode(head + answer)[len(ids) :]
 

@@ -40,7 +40,7 @@ def sample_text(model: GPT, tok: Tokenizer, prompt: str, machine: Machine) -> st
 
     The same numbers each time, and those of the run are not touched.
     """
-    ids = (tok.encode(prompt) or [tok.eot])[-model.config.max_position_embeddings :]
+    ids = tok.prompt(prompt)[-model.config.max_position_embeddings :]
     generator = torch.Generator(machine.device).manual_seed(0)
     how: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "vocab_size": tok.vocab_size}
     model.eval()
@@ -54,7 +54,7 @@ def sample_text(model: GPT, tok: Tokenizer, prompt: str, machine: Machine) -> st
         made = []
         say(f"no text: {reason(e)[:120]}")
     model.train()
-    end = made.index(tok.eot) if tok.eot in made else len(made)
+    end = next((i for i, token in enumerate(made) if token in tok.ends), len(made))
     return prompt + tok.decode(made[:end])
 
 

@@ -120,7 +120,8 @@ def claim(out: Path, source: str, overwrite: bool) -> str:
     """
     out.mkdir(parents=True, exist_ok=True)
     line = lock(out)
-    if source not in ("scratch", "resume") and path_of(source).resolve().parent == out.resolve():
+    where = path_of(source).resolve()
+    if source not in ("scratch", "resume") and out.resolve() in (where, where.parent):
         raise ValueError(
             f"a new run from {source} would replace it: choose another --out_dir, or "
             "--init_from=resume to go on with that run"

@@ -17,7 +17,7 @@ from run.log import say
 from run.parallel import share_optimizer
 from run.settings import changed
 from run.team import Team
-from text.tokenizer import Tokenizer, get_tokenizer
+from text.tokenizer import Tokenizer, from_saved
 
 
 @dataclass
@@ -48,21 +48,23 @@ class Start:
     scaler: dict[str, Any] | None = None
     parts: dict[str, Any] | None = None  # of a checkpoint that each rank reads its part of
 
-    def check(self, as_set: GPTConfig, tok: Tokenizer, now: Mapping[str, Any]) -> None:
+    def check(self, as_set: GPTConfig, tok: Tokenizer, now: Mapping[str, Any]) -> Tokenizer:
         """Whether the settings fit the checkpoint; warns when a resumed run is not the same.
 
-        now: as in settings.changed. Raises ValueError.
+        tok: the dataset's; returns it with what the checkpoint's model states of its ids. now: as
+        in settings.changed. Raises ValueError.
         """
         if not self.saved:
-            return
-        check_same_tokenizer(self.saved, tok, self.path)
+            return tok
+        tok = check_same_tokenizer(self.saved, tok, self.path)
         if not self.resumed:
-            return
+            return tok
         if self.origin == "scratch":
             theirs = rebuild.model_config(self.saved, self.path)
             rebuild.check_same_model(theirs, as_set, self.path)
         if different := changed(self.saved, now):
             say(f"WARNING  not the same run as before: {', '.join(different)}")
+        return tok
 
     def shared(self, team: Team, sharded: bool) -> "Start":
         """What rank 0 has found, on all ranks; the contents stay where they are."""
@@ -119,9 +121,9 @@ def find_start(
     for problem in problems:
         say(f"passed over: {problem}")
     kept = saved.get("train_state")
+    config = replace(rebuild.model_config(saved, path), dropout=as_set.dropout)
     if source == "resume" and not isinstance(kept, dict):
         raise ValueError(f"{path} cannot be resumed, only started from: --init_from={path}")
-    config = replace(rebuild.model_config(saved, path), dropout=as_set.dropout)
     if source != "resume":
         context = min(config.max_position_embeddings, as_set.max_position_embeddings)
         config = replace(config, max_position_embeddings=context)
@@ -141,15 +143,20 @@ def model_as_set(settings: Mapping[str, Any], meta: Mapping[str, Any]) -> GPTCon
     return GPTConfig(**given | {"vocab_size": vocabulary})
 
 
-def check_same_tokenizer(saved: Mapping[str, Any], tok: Tokenizer, path: Path) -> None:
-    """Raises ValueError when a checkpoint was trained with other tokens than the dataset has."""
-    theirs = saved.get("tokenizer") or {"name": "gpt2", "json": None}  # nanoGPT's files name none
-    if not pretrained.same_ids(get_tokenizer(theirs["name"], json_text=theirs["json"]), tok):
+def check_same_tokenizer(saved: Mapping[str, Any], tok: Tokenizer, path: Path) -> Tokenizer:
+    """The dataset's tokenizer `tok` with what a checkpoint's model states of its ids.
+
+    Raises ValueError when the model was trained with other tokens than the dataset has, or when
+    its texts end with others than the dataset's documents.
+    """
+    theirs = from_saved(saved.get("tokenizer"))
+    if problem := pretrained.mismatch(tok, theirs):
         raise ValueError(
-            f"{path} was trained with the tokenizer {theirs['name']!r}, but the dataset is in "
-            f"{tok.name!r} or another version of it; prepare the text with the checkpoint's "
-            "(data/prepare.py --tokenizer=...)"
+            f"{path} {problem}; prepare the text with the checkpoint's tokenizer "
+            "(data/prepare.py --tokenizer=..., and --eot=...)"
         )
+    kept = {k: getattr(theirs, k) for k in ("ends", "bos", "pad", "stated")}
+    return replace(tok, **kept)
 
 
 def contents(

@@ -3,9 +3,13 @@
 import codecs
 import contextlib
 import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+MAX_JSON = 2**27  # bytes; the largest tokenizer.json that people use has 35 MB
 
 
 def path_of(text: str) -> Path:
@@ -26,6 +30,21 @@ def read_text(path: Path) -> str:
         return utf8_decoder().decode(path.read_bytes(), final=True)
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text (byte {e.start}); save it as UTF-8") from e
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError or OSError with the path."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes: not read")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
 
 
 @contextlib.contextmanager

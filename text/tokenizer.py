@@ -7,6 +7,7 @@ end-of-text token, as with tiktoken's encode_ordinary.
 import base64
 import codecs
 import contextlib
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -16,13 +17,15 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from text import stated
 
 Ids = NDArray[np.uint32]
 
@@ -59,25 +62,60 @@ WORD_CUT = re.compile(r"\S(?=[ \n])")
 GROWTH = {"Precompiled": 9.0, "NFKC": 5.0, "NFKD": 5.0, "ByteLevel": 2.0}
 MAX_GROWTH = 16
 
+NEAR = 5000  # tokens that are looked through for a name like a misspelt one
+
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "[EOS]", "<|im_end|>")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A vocabulary, made by `get_tokenizer`. Ids are below `vocab_size`; `eot` ends a document."""
+    """A vocabulary, made by `get_tokenizer`. Ids are below `vocab_size`.
+
+    Training here sees documents with `eot` after each and nothing before them, so for its models a
+    new document begins after an `eot`, and no text gets a start token, whatever the tokenizer.json
+    adds. A model that was imported, and not trained since, keeps its own habits.
+    """
 
     name: str  # "gpt2", "bytes" or "tokenizer.json": what meta.json holds
     vocab_size: int
-    eot: int
+    eot: int  # ends a document
+    ends: frozenset[int]  # a text stops at any of them; `eot` is one
+    begin: int  # a new document begins with it
     encode_piece: Callable[[str], Ids]  # ids of valid text of at most PIECE characters
     token_bytes: Callable[[int, bool], bytes]  # of an id; True for the first of a text
     cut: re.Pattern[str]  # text may be cut after a match
     json_text: str | None = None  # the tokenizer.json itself, for checkpoints to carry
+    prefix: tuple[int, ...] = ()  # stands before every text
+    bos: int | None = None  # an imported model's, for exports to carry on
+    pad: int | None = None  # so, too
+    stated: Mapping[str, Any] = field(default_factory=dict)  # what an imported model's files say
+    guessed: bool = False  # nothing says what `eot` is
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Lone surrogates, which UTF-8 does not have, become U+FFFD."""
         ids: list[int] = self.encode_array(text).tolist()
         return ids
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids that a model is to go on with: of a text, or of a new document if it is empty."""
+        return [*self.prefix, *self.encode(text)] or [self.begin]
+
+    def shown(self, token: int) -> str:
+        """An id for a message, with its text."""
+        return f"{token} ({self.token_bytes(token, False).decode(errors='replace')!r})"
+
+    def saved(self) -> dict[str, Any]:
+        """Plain values that `from_saved` makes the same tokenizer of: a checkpoint's entry."""
+        return {
+            "name": self.name,
+            "vocab_size": self.vocab_size,
+            "json": self.json_text,
+            "eot": self.eot,
+            "ends": sorted(self.ends),
+            "bos": self.bos,
+            "pad": self.pad,
+            "stated": dict(self.stated),
+        }
 
     def encode_array(self, text: str) -> Ids:
         """As `encode`, as an array (tokens,)."""
@@ -125,7 +163,7 @@ class Tokenizer:
         return np.concatenate(parts) if parts else eot[:0], lengths
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. Bytes that are not UTF-8 become U+FFFD; end-of-text and ids that the
+        """The text of ids. Bytes that are not UTF-8 become U+FFFD; `eot` and ids that the
         vocabulary lacks (the rows that pad a model's table) are left out."""
         stream = StreamDecoder(self)
         return "".join([*map(stream.push, ids), stream.flush()])
@@ -168,29 +206,54 @@ def get_tokenizer(
     folder: Path | str | None = None,
     json_text: str | None = None,
     bulk: bool = False,
+    eot: int | str | None = None,
+    own: bool = False,
 ) -> Tokenizer:
     """The tokenizer called "gpt2" or "bytes", or the one of a Hugging Face tokenizer.json.
 
     `name` is then the file's path, relative to `folder`, the dataset's; `json_text` is the file's
     text where there is no file (in a checkpoint). `bulk`: take a moment longer to load and encode
-    several times as fast, the same ids. Raises ValueError or OSError (one line) for
-    other names and for files that are missing or not tokenizers.
+    several times as fast, the same ids. `eot`: the id or the text of a tokenizer.json's token that
+    ends documents; None takes what the files beside it state, else a usual one. `own`: for a model
+    that was imported and not trained since, see Tokenizer. Raises ValueError or OSError (one line)
+    for other names and for files that are missing or not tokenizers.
     """
     if json_text is not None:
-        return hugging_face(json_text, "the tokenizer.json in the checkpoint")
+        return hugging_face(json_text, "the tokenizer.json in the checkpoint", {}, eot, own)
     if name == "gpt2":
         return gpt2(bulk)
     if name == "bytes":
         return byte_tokens()
     if not name.endswith(".json"):
-        raise ValueError(f"tokenizer must be gpt2, bytes or PATH of a tokenizer.json, not {name!r}")
+        raise ValueError(
+            f"tokenizer must be gpt2, bytes, PATH of a tokenizer.json or its folder, not {name!r}"
+        )
     path = Path(folder or "", name)
     if path.is_dir() or not path.exists():
         raise FileNotFoundError(f"there is no tokenizer file {path}")
     try:
-        return hugging_face(path.read_text(encoding="utf-8"), str(path))
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text; it is no tokenizer.json") from e
+    return hugging_face(text, str(path), stated.read(path.parent), eot, own)
+
+
+def from_saved(entry: Mapping[str, Any] | None, own: bool = False) -> Tokenizer:
+    """The tokenizer of a checkpoint's entry, of an older one's, and GPT-2's where there is none.
+
+    own: as in get_tokenizer. Raises as it does.
+    """
+    entry = entry or {"name": "gpt2", "json": None}  # nanoGPT's files name none
+    tok = get_tokenizer(entry["name"], json_text=entry["json"], eot=entry.get("eot"), own=own)
+    bos, pad = (stated.ids(entry.get(kind), tok.vocab_size) for kind in ("bos", "pad"))
+    return replace(
+        tok,
+        ends=tok.ends | {*stated.ids(entry.get("ends"), tok.vocab_size)},
+        begin=bos[0] if own and bos else tok.eot,
+        bos=bos[0] if bos else None,
+        pad=pad[0] if pad else None,
+        stated=entry.get("stated") or {},
+    )
 
 
 def well_formed(text: str) -> str:
@@ -208,6 +271,8 @@ def byte_tokens() -> Tokenizer:
         name="bytes",
         vocab_size=257,
         eot=256,
+        ends=frozenset([256]),
+        begin=256,
         encode_piece=lambda text: np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32),
         token_bytes=lambda i, first: bytes([i]) if 0 <= i < 256 else b"",
         cut=re.compile("(?s)."),
@@ -242,7 +307,9 @@ def gpt2(bulk: bool = False) -> Tokenizer:
     def token_bytes(i: int, first: bool) -> bytes:
         return exact.decode_single_token_bytes(i) if 0 <= i <= GPT2_EOT else b""
 
-    return Tokenizer("gpt2", GPT2_EOT + 1, GPT2_EOT, encode_piece, token_bytes, GPT2_CUT)
+    ends = frozenset([GPT2_EOT])
+    size = GPT2_EOT + 1
+    return Tokenizer("gpt2", size, GPT2_EOT, ends, GPT2_EOT, encode_piece, token_bytes, GPT2_CUT)
 
 
 def gigatoken_gpt2(ranks: dict[bytes, int]) -> Callable[[str], Ids] | None:
@@ -331,11 +398,14 @@ def byte_characters() -> dict[str, str]:
     return {chr(b): chr(b) for b in visible} | {chr(256 + n): chr(b) for n, b in enumerate(hidden)}
 
 
-def hugging_face(json_text: str, where: str) -> Tokenizer:
-    """The tokenizer that a tokenizer.json describes. No start or end token is ever added.
+def hugging_face(
+    json_text: str, where: str, files: Mapping[str, Any], eot: int | str | None, own: bool
+) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes; files: as `stated.read` has them.
 
-    Raises ValueError when it is not one, has no end-of-text token, or makes a flood of text of a
-    word, OSError without the `tokenizers` package. So does encoding a text that it cannot encode.
+    eot and own are get_tokenizer's. Raises ValueError when it is not one, has no such end-of-text
+    token, or makes a flood of text of a word, OSError without the `tokenizers` package. So does
+    encoding a text that it cannot encode.
     """
     try:
         from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -347,16 +417,14 @@ def hugging_face(json_text: str, where: str) -> Tokenizer:
     before, after = growth([spec.get("normalizer"), spec.get("pre_tokenizer")]), spec.get("decoder")
     if max(before, growth(after)) > MAX_GROWTH:
         raise ValueError(f"{where} makes a flood of text of a word, replacement after replacement")
-    added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
-    known = [*map(added.get, EOT_NAMES), *map(tok.token_to_id, EOT_NAMES)]
-    eot = next((i for i in known if i is not None), None)
-    if eot is None:
-        raise ValueError(f"{where} has no end-of-text token, such as {', '.join(EOT_NAMES[:4])}")
+    size = max(tok.get_vocab(with_added_tokens=True).values()) + 1
+    marks = stated.marks(files, tok.token_to_id, size)
+    end = end_of_text(tok, spec, where, marks.eot if eot is None else eot)
     tok.no_truncation()
     tok.no_padding()
     tok.encode_special_tokens = True  # their text is text
     special = {t["id"]: t["content"] for t in spec.get("added_tokens") or [] if t["special"]}
-    special[eot] = tok.id_to_token(eot)
+    special[end] = tok.id_to_token(end)
     literal = re.compile("|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))))
     special_ids = np.array(sorted(special), dtype=np.uint32)
 
@@ -376,6 +444,7 @@ def hugging_face(json_text: str, where: str) -> Tokenizer:
 
     with named(where):
         plain_bytes = bytes_of_tokens(tok, spec)
+        prefix = added_before(tok) if own else ()
 
     def token_bytes(i: int, first: bool) -> bytes:
         with named(where):
@@ -383,13 +452,52 @@ def hugging_face(json_text: str, where: str) -> Tokenizer:
 
     return Tokenizer(
         name="tokenizer.json",
-        vocab_size=max(tok.get_vocab(with_added_tokens=True).values()) + 1,
-        eot=eot,
+        vocab_size=size,
+        eot=end,
+        ends=marks.ends | {end},
+        begin=marks.bos if own and marks.bos is not None else end,
         encode_piece=encode_piece,
         token_bytes=functools.lru_cache(2**18)(token_bytes),
         cut=WORD_CUT,
         json_text=json_text,
+        prefix=prefix,
+        bos=marks.bos,
+        pad=marks.pad,
+        stated={k: v for k, v in files.items() if k != "dataset"},
+        guessed=eot is None and marks.eot is None,
     )
+
+
+def end_of_text(tok: Any, spec: dict[str, Any], where: str, wanted: int | str | None) -> int:
+    """The id of a `tokenizers.Tokenizer` that ends documents; wanted: its id or text, if known.
+
+    Else the first of EOT_NAMES that it has. Raises ValueError when it has no such token.
+    """
+    added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
+    if wanted is None:
+        known = [*map(added.get, EOT_NAMES), *map(tok.token_to_id, EOT_NAMES)]
+        found = next((i for i in known if i is not None), None)
+    else:
+        found = tok.token_to_id(wanted) if isinstance(wanted, str) else wanted
+        found = found if found is not None and tok.id_to_token(found) is not None else None
+    if found is not None:
+        return int(found)
+    if wanted is None:
+        raise ValueError(
+            f"{where} has no end-of-text token, such as {', '.join(EOT_NAMES[:4])}, and no file "
+            "beside it states one (eos_token in tokenizer_config.json)"
+        )
+    names = [*added] or [*tok.get_vocab()]
+    near = difflib.get_close_matches(str(wanted), names[:NEAR], n=3, cutoff=0.4) or names[:3]
+    raise ValueError(f"{where} has no token {wanted!r}; it has, for example, {', '.join(near)}")
+
+
+def added_before(tok: Any) -> tuple[int, ...]:
+    """The ids that a `tokenizers.Tokenizer` puts before a text of its own accord."""
+    plain = tok.encode("a", add_special_tokens=False).ids
+    whole = tok.encode("a").ids
+    starts = range(len(whole) - len(plain) + 1 if plain else 0)
+    return tuple(whole[: next((i for i in starts if whole[i : i + len(plain)] == plain), 0)])
 
 
 @contextlib.contextmanager

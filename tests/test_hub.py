@@ -1,0 +1,263 @@
+"""Names of models and tokenizers: the Hub's, by a server that stands for it, folders, and slips."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import ROOT
+from test_export import BYTES, SIZE, save
+from test_imports import CASES, make_model
+
+from formats import checkpoint, easygpt, pretrained
+from model import GPT
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Repositories as name -> {file: bytes}, their address, and the files that were asked for."""
+    repositories, asked = {}, []
+    sha = "a" * 40
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.split("?")[0]
+            for name, files in repositories.items():
+                file = path.removeprefix(f"/{name}/resolve/{sha}/")
+                if path.startswith(f"/api/models/{name}/tree"):
+                    kinds = {"type": "file", "oid": sha}
+                    tree = [{**kinds, "path": f, "size": len(d)} for f, d in files.items()]
+                    return self.send(
+                        json.dumps(tree).encode(), {"Content-Type": "application/json"}
+                    )
+                if path.startswith(f"/api/models/{name}"):
+                    siblings = [{"rfilename": f, "size": len(d)} for f, d in files.items()]
+                    about = {"id": name, "sha": sha, "siblings": siblings}
+                    return self.send(
+                        json.dumps(about).encode(), {"Content-Type": "application/json"}
+                    )
+                if file in files:
+                    asked.append(file)
+                    tag = {"ETag": f'"{len(files[file]):040d}"', "X-Repo-Commit": sha}
+                    return self.send(files[file], tag)
+            self.send_error(404)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def send(self, data, headers):
+            self.send_response(200)
+            for key, value in {**headers, "Content-Length": str(len(data))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield repositories, f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """Run a script in a process of its own, which asks that server."""
+    env = {**os.environ, "HF_ENDPOINT": hub[1], "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
+    env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+    def go(name, *flags):
+        command = [sys.executable, ROOT / name, *map(str, flags)]
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+
+    return go
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """The bytes of a checkpoint as the original EasyGPT published its own: GPT-2's tokens."""
+    size = SIZE.__class__(**{**vars(SIZE), "vocab_size": 50304, "num_hidden_layers": 1})
+    size = SIZE.__class__(**{**vars(size), "num_attention_heads": 2, "num_key_value_heads": 1})
+    size = SIZE.__class__(**{**vars(size), "hidden_size": 8, "head_dim": 4})
+    torch.manual_seed(0)
+    model, args = easygpt.written(
+        dict(list(GPT(size).state_dict().items())[:-1]), size, torch.float32
+    )
+    checkpoint.save(
+        tmp_path / "p.pt", {"model": model, "model_args": args, "iter_num": 5, "config": {}}
+    )
+    return (tmp_path / "p.pt").read_bytes()
+
+
+def test_a_repository_with_one_pt_file_is_taken(hub, run, published, tmp_path):
+    """As the original's published weights are; what is exported lands not in the Hub's cache."""
+    hub[0]["me/original"] = {"README.md": b"hello", "out/ckpt_best.pt": published}
+    result = run("export.py", "--init_from=hf:me/original", "--out_dir=mine")
+    assert result.returncode == 0 and "50257 gpt2 tokens" in result.stdout, result.stderr
+    assert (tmp_path / "mine" / "hf" / "config.json").exists()
+    hub[0]["me/original"]["other.pt"] = published
+    result = run("sample.py", "--init_from=hf:me/original")
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert "2 .pt files (other.pt, out/ckpt_best.pt)" in result.stderr
+
+
+def test_a_pt_file_beside_safetensors_is_left_alone(hub, run, tmp_path):
+    case = CASES["Llama 2"]
+    make_model(tmp_path / "model", case, case.make())
+    files = hub[0]["me/llama"] = files_of(tmp_path / "model") | {"optimizer.pt": b"state"}
+    result = run("sample.py", "--init_from=hf:me/llama", "--max_new_tokens=3", "--device=cpu")
+    assert result.returncode == 0, result.stderr
+    assert "optimizer.pt" not in hub[2] and "model.safetensors" in hub[2]
+    files["config.json"] = json.dumps({"model_type": "gpt2"}).encode()
+    hub[0]["me/gpt"] = files
+    hub[2].clear()
+    result = run("sample.py", "--init_from=hf:me/gpt")
+    assert result.returncode == 1 and "learned positions" in result.stderr
+    assert "model.safetensors" not in hub[2], "gigabytes for nothing"
+
+
+def test_a_tokenizer_of_the_hub_takes_its_small_files_alone(hub, run, tmp_path):
+    case = CASES["chat eos, pad is the usual end of text"]
+    make_model(tmp_path / "model", case, case.make())
+    hub[0]["me/chat"] = files_of(tmp_path / "model")
+    (tmp_path / "a.jsonl").write_text('{"text": "the cat"}\n' * 300, encoding="utf-8")
+    flags = ["--source=a.jsonl", f"--dataset={tmp_path / 'ds'}", "--num_proc=1"]
+    result = run("data/prepare.py", *flags, "--tokenizer=hf:me/chat")
+    assert result.returncode == 0, result.stderr
+    meta = json.loads((tmp_path / "ds" / "meta.json").read_text(encoding="utf-8"))
+    assert meta["tokenizer"] == "tokenizer.json" and meta["eot"] == 2
+    assert (tmp_path / "ds" / "tokenizer.json").read_bytes() == hub[0]["me/chat"]["tokenizer.json"]
+    assert sorted({*hub[2]}) == [
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    ]
+
+
+# --- folders
+
+
+def test_a_folder_with_one_pt_file_is_taken(script, tmp_path):
+    save(tmp_path / "out", SIZE)
+    (tmp_path / "out" / "ckpt_1.pt").rename(tmp_path / "out" / "mine.pt")
+    for name in (tmp_path / "out", f"hf:{tmp_path / 'out'}"):
+        path, _, _ = pretrained.read(str(name), "")
+        assert path == tmp_path / "out" / "mine.pt"
+    shutil.copy(tmp_path / "out" / "mine.pt", tmp_path / "out" / "other.pt")
+    for name in (tmp_path / "out", f"hf:{tmp_path / 'out'}"):
+        result = script("sample.py", f"--init_from={name}")
+        assert result.code == 1 and "2 .pt files (mine.pt, other.pt)" in result.err
+
+
+def test_a_runs_folder_is_its_newest_good_checkpoint(script, tiny, tmp_path):
+    assert script("train.py", *tiny).code == 0
+    out = tmp_path / "out"
+    for name in ("sample.py", "export.py"):
+        flags = ["--max_new_tokens=2"] if name == "sample.py" else []
+        result = script(name, f"--init_from={out}", *flags)
+        assert result.code == 0, result.err
+        assert "ckpt_12.pt" in result.out + result.err
+    assert (out / "hf" / "model.safetensors").exists()
+    (out / "ckpt_12.pt").write_bytes(b"damaged")
+    flags = [*tiny, f"--init_from={out}", f"--out_dir={tmp_path / 'next'}"]
+    result = script("train.py", *flags)
+    assert result.code == 0 and "passed over" in result.out + result.err
+    state = checkpoint.load(tmp_path / "next" / "ckpt_12.pt")
+    assert state["config"]["init_from"] == str(out) and state["iter_num"] == 12
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir() if p.name != ".lock"}
+    result = script("train.py", *tiny, f"--init_from={out}", "--overwrite=True")
+    assert result.code == 1 and "--init_from=resume" in result.err
+    assert before == {p.name: p.stat().st_mtime_ns for p in out.iterdir() if p.name in before}
+
+
+def test_a_folder_with_a_run_and_a_model_is_ambiguous(script, tmp_path):
+    save(tmp_path / "out", SIZE)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "out" / name).write_bytes(b"{}")
+    result = script("sample.py", f"--init_from={tmp_path / 'out'}")
+    assert result.code == 1 and "hf:" in result.err and ".pt" in result.err
+
+
+# --- slips
+
+GPT2 = ["learned positions, LayerNorm, GELU", "--init_from=hf:HuggingFaceTB/SmolLM2-135M"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gpt2", GPT2),
+        ("gpt2-medium", GPT2),
+        ("hf:gpt2-xl", GPT2),
+        ("openai-community/gpt2", GPT2),
+        ("hf:openai-community/gpt2-large", GPT2),
+        ("some/model", ["no checkpoint some/model", "hf:some/model"]),
+        ("word", ["no checkpoint word"]),
+        ("a/ckpt_9.pt", ["no checkpoint a/ckpt_9.pt"]),
+        ("empty", ["empty is a folder without a checkpoint"]),
+    ],
+)
+@pytest.mark.parametrize("name_of", ["sample.py", "train.py"])
+def test_names_that_are_no_model_get_an_answer(
+    script, tmp_path, monkeypatch, dataset, name_of, name, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    flags = [f"--dataset={dataset}"] if name_of == "train.py" else []
+    result = script(name_of, f"--init_from={name}", *flags)
+    assert result.code == 1 and len(result.err.splitlines()) == 1
+    for word in words:
+        assert word in result.err
+    assert ("from the Hub" in result.err) == (name == "some/model")
+
+
+def test_a_checkpoint_of_nanogpt_is_named_as_one(script, tmp_path, dataset):
+    args = dict(
+        n_layer=2, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=50304, dropout=0.0
+    )
+    state = {"model": {"transformer.wte.weight": torch.zeros(4, 8)}, "model_args": args}
+    state |= {"optimizer": {}, "iter_num": 7, "best_val_loss": torch.tensor(3.0), "config": {}}
+    (tmp_path / "out").mkdir()
+    torch.save(state, tmp_path / "out" / "ckpt.pt")
+    for name in ("resume", tmp_path / "out" / "ckpt.pt", tmp_path / "out"):
+        out = tmp_path / ("out" if name == "resume" else "new")
+        for command in ("train.py", "sample.py"):
+            flags = [f"--dataset={dataset}"] if command == "train.py" else []
+            result = script(command, f"--init_from={name}", f"--out_dir={out}", *flags)
+            assert result.code == 1 and len(result.err.splitlines()) == 1
+            for word in ("ckpt.pt, which nanoGPT wrote", *GPT2):
+                assert word in result.err
+
+
+def test_where_an_export_goes(script, tmp_path):
+    save(tmp_path / "out", SIZE, BYTES)
+    out = [f"--out_dir={tmp_path / 'out'}"]
+    for to, file in (("gguf", "model-f32.gguf"), ("easygpt", "easygpt.pt")):
+        if to == "easygpt":
+            continue  # SIZE is none of its models; the path is found first
+        for where in (f"{tmp_path / 'new'}/", str(tmp_path / "new")):
+            result = script("export.py", *out, f"--to={to}", f"--output={where}")
+            assert result.code == 0, result.err
+            assert (tmp_path / "new" / file).is_file()
+            (tmp_path / "new" / file).unlink()
+    (tmp_path / "file").write_bytes(b"mine")
+    for to, where in (
+        ("hf", tmp_path / "file"),
+        ("hf", tmp_path / "file" / "inside"),
+        ("gguf", f"{tmp_path / 'file'}/"),
+        ("gguf", tmp_path / "file" / "a.gguf"),
+    ):
+        result = script("export.py", *out, f"--to={to}", f"--output={where}")
+        assert result.code == 1 and f"{tmp_path / 'file'} is a file" in result.err, (to, where)
+        assert len(result.err.splitlines()) == 1
+    assert (tmp_path / "file").read_bytes() == b"mine"
+    result = script("sample.py", f"--out_dir={tmp_path / 'out' / 'ckpt_1.pt'}")
+    assert result.code == 1 and f"--init_from={tmp_path / 'out' / 'ckpt_1.pt'}" in result.err

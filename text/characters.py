@@ -9,7 +9,7 @@ import pickletools
 from pathlib import Path
 from typing import Any
 
-CHARACTERS = "meta.pkl"
+FILE = "meta.pkl"
 MAX_PICKLE = 2**24  # bytes; a character has about 20
 EOT = "<|endoftext|>"  # which nanoGPT's data does not have: a row that is never trained
 
@@ -19,7 +19,7 @@ VALUES |= {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"}
 IDLE = {"PROTO", "FRAME"}
 
 
-def read_characters(path: Path) -> list[str]:
+def read(path: Path) -> list[str]:
     """The characters of a meta.pkl in the order of their ids.
 
     Raises ValueError for a file that holds anything but dicts of texts and whole numbers, or no
@@ -88,7 +88,7 @@ def pairs_above_mark(stack: list[Any]) -> dict[Any, Any]:
     return dict(zip(items[::2], items[1::2], strict=True))
 
 
-def characters_json(characters: list[str]) -> str:
+def to_json(characters: list[str]) -> str:
     """A tokenizer.json with those ids, and end-of-text behind them."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     spec = {
@@ -108,3 +108,10 @@ def characters_json(characters: list[str]) -> str:
         },
     }
     return json.dumps(spec, ensure_ascii=False)
+
+
+def begin(spec: dict[str, Any], eot: int) -> int:
+    """What a new document begins with in a tokenizer.json: `eot`, but for these a new line."""
+    model = spec.get("model") or {}
+    ours = model.get("type") == "WordLevel" and model.get("unk_token") == ""
+    return int(model["vocab"].get("\n", eot)) if ours else eot

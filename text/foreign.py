@@ -94,8 +94,9 @@ def is_text(data: bytes) -> bool:
 def check_foreign(path: Path, ids: NDArray[Any], gpt2: bool = True) -> None:
     """Raises ValueError when a file that no meta.json describes is not what it is taken for.
 
-    gpt2: they are taken for GPT-2's. Wrong are text, the numbers of letters, and uint32 read as uint16, where every second number is 0 or nearly, and a file that was
-    given its full size but never filled, where the last twentieth is zeros.
+    gpt2: it is taken for GPT-2's tokens. Wrong are text, the numbers of letters, uint32 read as
+    uint16, where every second number is 0 or nearly, and a file that was given its full size but
+    never filled, where the last twentieth is zeros.
     """
     head, tail = ids[:SCAN], ids[-max(MIN_TAIL, len(ids) // 20) :]
     if len(ids) < MIN_TAIL:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from text import stated
+from text import characters, stated
 
 Ids = NDArray[np.uint32]
 
@@ -224,6 +224,10 @@ def get_tokenizer(
         return gpt2(bulk)
     if name == "bytes":
         return byte_tokens()
+    if name == characters.FILE:
+        path = Path(folder or "", name)
+        text = characters.to_json(characters.read(path))
+        return hugging_face(text, str(path), {}, characters.EOT, own)
     if not name.endswith(".json"):
         raise ValueError(
             f"tokenizer must be gpt2, bytes, PATH of a tokenizer.json or its folder, not {name!r}"
@@ -249,7 +253,7 @@ def from_saved(entry: Mapping[str, Any] | None, own: bool = False) -> Tokenizer:
     return replace(
         tok,
         ends=tok.ends | {*stated.ids(entry.get("ends"), tok.vocab_size)},
-        begin=bos[0] if own and bos else tok.eot,
+        begin=bos[0] if own and bos else tok.begin,
         bos=bos[0] if bos else None,
         pad=pad[0] if pad else None,
         stated=entry.get("stated") or {},
@@ -455,7 +459,7 @@ def hugging_face(
         vocab_size=size,
         eot=end,
         ends=marks.ends | {end},
-        begin=marks.bos if own and marks.bos is not None else end,
+        begin=marks.bos if own and marks.bos is not None else characters.begin(spec, end),
         encode_piece=encode_piece,
         token_bytes=functools.lru_cache(2**18)(token_bytes),
         cut=WORD_CUT,
@@ -511,6 +515,8 @@ def named(where: str) -> Iterator[None]:
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
+        if "Missing [UNK]" in str(e):
+            raise ValueError(f"{where} has no token for a character of the text") from e
         raise ValueError(f"{where} is not a tokenizer.json that works: {e}") from e
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from text.characters import CHARACTERS, read_characters
+from text import characters
 from text.files import path_of
 from text.foreign import SCAN, check_finished, check_foreign, open_tokens
 from text.split import cut_at, split_parts, val_share
@@ -58,9 +58,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return found
     if not folder.is_dir():
         raise FileNotFoundError(missing(folder))
-    if (folder / CHARACTERS).exists():
-        size = len(read_characters(folder / CHARACTERS)) + 1  # and end-of-text
-        return {"tokenizer": CHARACTERS, "vocab_size": size, "dtype": "uint16", "splits": {}}
+    if (folder / characters.FILE).exists():
+        size = len(characters.read(folder / characters.FILE)) + 1  # and end-of-text
+        return {"tokenizer": characters.FILE, "vocab_size": size, "dtype": "uint16", "splits": {}}
     for note in sorted(folder.glob("*/*.ds.metadata"))[:1]:
         name = note.read_text(encoding="utf-8").partition("\n")[0].partition("|")[0]
         if "gpt2" not in Path(name).name:

@@ -58,7 +58,7 @@ from run.team import join, one_voice, run_team
 from text import files
 from text.batches import TrainLoader, TrainOrder, key_of
 from text.tokenizer import get_tokenizer
-from text.tokens import TokenData, dataset_folder, read_meta
+from text.tokens import TokenData, dataset_folder, read_meta, taken_for
 
 # the run
 out_dir = "out"  # where checkpoints and logs go
@@ -233,8 +233,8 @@ def main() -> None:
         say(f"run      batch_size={micro.size}, which divides the {windows} windows of a rank")
     if decay_lr and schedule.warmup < warmup_iters:
         say(f"run      warmup_iters={schedule.warmup}, not {warmup_iters}: a tenth of the decay")
-    if not (data / "meta.json").exists():
-        say(f"data     {data} has no meta.json: taken for GPT-2 tokens in uint16")
+    if line := taken_for(data, train_data.ids[0]):
+        say(f"data     {line}")
     if eval_iters:
         say(f"run      {evaluation.windows} windows in an evaluation: eval_iters x batch_size")
     same_bits = "; deterministic" if deterministic else ""

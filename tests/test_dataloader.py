@@ -9,9 +9,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from text import tokens
 from text.batches import IGNORED, TrainLoader, TrainOrder, eval_batches, permute, split_windows
 from text.split import split_parts, val_documents, val_share
-from text.tokens import TokenData
+from text.tokens import TokenData, read_meta, taken_for
 
 CPU = torch.device("cpu")
 
@@ -437,3 +438,47 @@ def test_a_changed_file_and_a_pickle_are_refused(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(b"anything")
     with pytest.raises(ValueError, match="pickle"):
         TokenData(tmp_path, "train", 16, 320)
+
+
+def test_text_called_train_bin_is_refused_and_letters_are_doubted(tmp_path):
+    for text in ("To be, or not to be. " * 200, "那天早上老人走到海边。" * 200):
+        (tmp_path / "train.bin").write_bytes(text.encode()[: len(text.encode()) // 2 * 2])
+        with pytest.raises(ValueError, match="is text, not tokens"):
+            TokenData(tmp_path, "train", 16, 50304)
+    make(tmp_path, np.arange(9000) % 95)
+    data = TokenData(tmp_path, "train", 16, 50304)
+    assert "no id is above 94" in taken_for(tmp_path, data.ids[0])
+    make(tmp_path, np.arange(9000))
+    line = taken_for(tmp_path, TokenData(tmp_path, "train", 16, 50304).ids[0])
+    assert "GPT-2 tokens" in line and "WARNING" not in line
+
+
+def test_a_dataset_that_is_not_there_is_the_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "DATA", tmp_path)
+    for name in ("stories", "web"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").touch()
+    with pytest.raises(FileNotFoundError, match="--dataset=storys; there is: stories ") as e:
+        read_meta(tmp_path / "storys")
+    assert "there is no dataset" in str(e.value)
+    with pytest.raises(FileNotFoundError, match=r"no train.bin .*--source=PATH --dataset=web"):
+        tokens.split_files(tmp_path / "web", "train")
+    for name, flags in (("stdlib", " --source=stdlib"), ("openwebtext", "")):
+        with pytest.raises(FileNotFoundError, match=f"prepare.py{flags}; there is"):
+            read_meta(tmp_path / name)
+    (tmp_path / "web" / "parts").mkdir()
+    with pytest.raises(FileNotFoundError, match="is not finished: run the same"):
+        tokens.split_files(tmp_path / "web", "train")
+
+
+def test_a_short_validation_says_which_share_is_enough(tmp_path):
+    facts = {"train": {"tokens": 19_000}, "val": {"tokens": 802, "max_id": 9}}
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "splits": facts, "val_fraction": 0.05}
+    make(tmp_path, np.arange(802) % 10, split="val", meta=meta)
+    with pytest.raises(ValueError, match="--val_fraction=0.06 --overwrite=True"):
+        TokenData(tmp_path, "val", 1024, 50304)
+    facts["train"]["tokens"] = 1100
+    make(tmp_path, np.arange(802) % 10, split="val", meta=meta)
+    with pytest.raises(ValueError, match="use more text") as e:
+        TokenData(tmp_path, "val", 1024, 50304)
+    assert "--val_fraction" not in str(e.value)

@@ -1,4 +1,4 @@
-"""Names of models and tokenizers: the Hub's, by a server that stands for it, folders, and slips."""
+"""The Hub's models, tokenizers and datasets, by a server that stands for it; folders, and slips."""
 
 import http.server
 import json
@@ -10,9 +10,12 @@ import threading
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from test_export import BYTES, SIZE, save
 from test_imports import CASES, make_model
+from test_prepare import TEXTS, nanogpt, write_parquet
+from test_sources import texts_in
 
 from formats import checkpoint, easygpt, pretrained
 from model import GPT
@@ -20,7 +23,10 @@ from model import GPT
 
 @pytest.fixture
 def hub(tmp_path):
-    """Repositories as name -> {file: bytes}, their address, and the files that were asked for."""
+    """Repositories as name -> {file: bytes}, their address, and the files that were asked for.
+
+    A dataset's name begins with datasets/, and its README.md may be a card.
+    """
     repositories, asked = {}, []
     sha = "a" * 40
 
@@ -29,20 +35,27 @@ def hub(tmp_path):
             path = self.path.split("?")[0]
             for name, files in repositories.items():
                 file = path.removeprefix(f"/{name}/resolve/{sha}/")
-                if path.startswith(f"/api/models/{name}/tree"):
+                api = f"/api/{name}" if name.startswith("datasets/") else f"/api/models/{name}"
+                if path.startswith(f"{api}/tree"):
                     kinds = {"type": "file", "oid": sha}
                     tree = [{**kinds, "path": f, "size": len(d)} for f, d in files.items()]
                     return self.send(
                         json.dumps(tree).encode(), {"Content-Type": "application/json"}
                     )
-                if path.startswith(f"/api/models/{name}"):
+                if path.startswith(api) and "/refs" not in path:
                     siblings = [{"rfilename": f, "size": len(d)} for f, d in files.items()]
-                    about = {"id": name, "sha": sha, "siblings": siblings}
+                    card = yaml.safe_load(
+                        files.get("README.md", b"").removeprefix(b"---").partition(b"\n---")[0]
+                    )
+                    about = {"id": name, "sha": sha, "siblings": siblings, "cardData": card}
+                    if not isinstance(card, dict):
+                        del about["cardData"]
                     return self.send(
                         json.dumps(about).encode(), {"Content-Type": "application/json"}
                     )
                 if file in files:
-                    asked.append(file)
+                    if self.command == "GET":
+                        asked.append(file)
                     tag = {"ETag": f'"{len(files[file]):040d}"', "X-Repo-Commit": sha}
                     return self.send(files[file], tag)
             self.send_error(404)
@@ -261,3 +274,93 @@ def test_where_an_export_goes(script, tmp_path):
     assert (tmp_path / "file").read_bytes() == b"mine"
     result = script("sample.py", f"--out_dir={tmp_path / 'out' / 'ckpt_1.pt'}")
     assert result.code == 1 and f"--init_from={tmp_path / 'out' / 'ckpt_1.pt'}" in result.err
+
+
+# --- datasets
+
+FLAGS = ("--dataset=out", "--num_proc=1", "--overwrite=True")
+
+
+@pytest.fixture
+def words(hub, tmp_path):
+    """A dataset of three files for training, and others."""
+    files = {}
+    for i in range(3):
+        write_parquet(tmp_path / "p", TEXTS[i * 100 : i * 100 + 100])
+        files[f"plain_text/train-{i:05d}-of-00003.parquet"] = (tmp_path / "p").read_bytes()
+    write_parquet(tmp_path / "p", TEXTS[:20])
+    files["plain_text/validation-00000-of-00001.parquet"] = (tmp_path / "p").read_bytes()
+    files |= {"README.md": b"hello", "plain_text/test-00000-of-00001.parquet": b"not wanted"}
+    hub[0]["datasets/me/words"] = files
+    return files
+
+
+def test_files_are_downloaded_read_and_deleted(hub, run, words, tmp_path):
+    result = run("data/prepare.py", "--source=hub:me/words", f"--dataset={tmp_path}/out")
+    assert result.returncode == 0, result.stderr
+    val, _ = nanogpt(TEXTS[:300], 0.05)
+    out = tmp_path / "out"
+    assert texts_in(out) == sorted(TEXTS[:300]) and (out / "val.bin").read_bytes() == val
+    assert json.loads((out / "meta.json").read_text(encoding="utf-8"))["revision"] == "a" * 40
+    assert sorted(p.name for p in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert not list((tmp_path / "home").rglob("*.parquet"))
+    assert sorted(hub[2]) == [f for f in sorted(words) if "train" in f]
+    for said in ("1 of split validation (", "1 of split test (plain_text/test"):
+        assert said in result.stdout
+
+
+def test_the_hub_and_a_copy_of_it_are_read_alike(hub, run, words, tmp_path):
+    for name, data in words.items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(data)
+    for flags in ((), ("--split=validation",), ("--val_split=validation",)):
+        for source, out in (("hub:me/words", "a"), (tmp_path / "copy", "b")):
+            where = (f"--source={source}", f"--dataset={tmp_path / out}", "--tokenizer=bytes")
+            result = run("data/prepare.py", *where, *flags, "--overwrite=True", "--num_proc=1")
+            assert result.returncode == 0, result.stderr
+        for name in ("train.bin", "val.bin"):
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_card_of_the_hub_names_subsets(hub, run, tmp_path):
+    card = "---\nconfigs:\n- config_name: default\n  data_files: data/*/*\n"
+    card += "- config_name: sample-10BT\n  data_files:\n  - split: train\n"
+    card += "    path: sample/10BT/*\n---\n"
+    write_parquet(tmp_path / "p", TEXTS[:50])
+    write_parquet(tmp_path / "q", TEXTS[50:150])
+    hub[0]["datasets/me/web"] = {
+        "README.md": card.encode(),
+        "sample/10BT/000_00000.parquet": (tmp_path / "p").read_bytes(),
+        "data/CC-MAIN-1/000_00000.parquet": (tmp_path / "q").read_bytes(),
+    }
+    for subset, texts in (("sample-10BT", TEXTS[:50]), ("", TEXTS[50:150])):
+        flags = (f"--subset={subset}",) if subset else ()
+        where = (f"--dataset={tmp_path}/out", "--tokenizer=bytes", "--overwrite=True")
+        result = run("data/prepare.py", "--source=hub:me/web", *where, *flags)
+        assert result.returncode == 0, result.stderr
+        assert texts_in(tmp_path / "out") == sorted(texts)
+    result = run("data/prepare.py", "--source=hub:me/web", *where, "--subset=fr")
+    assert result.returncode == 1 and "default, sample-10BT" in result.stderr
+
+
+def test_a_copy_in_the_cache_is_found_without_a_network(hub, run, words, tmp_path):
+    words["plain_text/test-00000-of-00001.parquet"] = words[
+        "plain_text/validation-00000-of-00001.parquet"
+    ]
+    fetch = "import huggingface_hub as h; h.snapshot_download('me/words', repo_type='dataset')"
+    (tmp_path / "fetch.py").write_text(fetch, encoding="utf-8")
+    done = run(tmp_path / "fetch.py")
+    assert done.returncode == 0, done.stderr
+    del hub[0]["datasets/me/words"]
+    where = ("--source=hub:me/words", f"--dataset={tmp_path}/out", "--num_proc=1")
+    result = run("data/prepare.py", *where)
+    assert result.returncode == 0, result.stderr
+    assert texts_in(tmp_path / "out") == sorted(TEXTS[:300])
+    assert "the Hub does not answer: the copy in" in result.stdout
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text(encoding="utf-8"))
+    assert meta["revision"] == "a" * 40
+    assert run("data/prepare.py", *where).stdout.endswith("prepares it again)\n")
+    (blobs,) = (tmp_path / "home").glob("hub/datasets--me--words/blobs")
+    (blobs / "x.incomplete").write_bytes(b"half")
+    result = run("data/prepare.py", *where, "--overwrite=True")
+    assert result.returncode == 1 and "hf download me/words" in result.stdout

@@ -1,7 +1,6 @@
 """Every kind of source, interruptions, shares, and damage: data/prepare.py at scale."""
 
 import gzip
-import http.server
 import io
 import json
 import lzma
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 
 import numpy as np
@@ -568,64 +566,3 @@ def test_too_little_disk_is_said_at_the_start(script, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     result = prepare(script, tmp_path / "a.jsonl", tmp_path / "out")
     assert result.code == 1 and "GB are free" in result.err and "--max_tokens" in result.err
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A server that answers as the Hub does for one dataset, and counts downloads."""
-    files = {}
-    for i in range(3):
-        write_parquet(tmp_path / "p", TEXTS[i * 100 : i * 100 + 100])
-        name = f"plain_text/train-{i:05d}-of-00003.parquet"
-        files[name] = (tmp_path / "p").read_bytes()
-    files["README.md"] = b"hello"
-    files["plain_text/test-00000-of-00001.parquet"] = b"not wanted"
-    asked = []
-    sha = "a" * 40
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append((self.command, self.path))
-            path = self.path.split("?")[0]
-            if path.startswith("/api/datasets/me/words"):
-                siblings = [{"rfilename": f, "size": len(d)} for f, d in files.items()]
-                self.send(json.dumps({"id": "me/words", "sha": sha, "siblings": siblings}).encode())
-            elif path.removeprefix(f"/datasets/me/words/resolve/{sha}/") in files:
-                data = files[path.removeprefix(f"/datasets/me/words/resolve/{sha}/")]
-                self.send(data, {"ETag": f'"{len(data):040d}"', "X-Repo-Commit": sha})
-            else:
-                self.send_error(404)
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def send(self, data, headers=()):
-            self.send_response(200)
-            for key, value in {**dict(headers), "Content-Length": str(len(data))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked, files
-    server.shutdown()
-
-
-def test_hub_shards_are_downloaded_read_and_deleted(tmp_path, hub):
-    endpoint, asked, files = hub
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
-    environment |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "*", "HF_HUB_DISABLE_XET": "1"}
-    out = tmp_path / "out"
-    process = run("--source=hub:me/words", f"--dataset={out}", "--num_proc=2", env=environment)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
-    assert texts_in(out) == sorted(TEXTS[:300])
-    assert json.loads((out / "meta.json").read_text(encoding="utf-8"))["revision"] == "a" * 40
-    assert sorted(p.name for p in out.iterdir()) == ["meta.json", *BINS]
-    assert not list((tmp_path / "home").rglob("*.parquet"))
-    got = [path for command, path in asked if command == "GET" and "resolve" in path]
-    assert len(got) == 3

@@ -69,9 +69,9 @@ def plain_value(data: bytes) -> Any:
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            memo[int(argument)] = stack[-1]
+            memo[int(argument or 0)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[int(argument)])
+            stack.append(memo[int(argument or 0)])
         elif name == "STOP":
             return stack.pop()
         elif name not in IDLE:
@@ -110,8 +110,13 @@ def to_json(characters: list[str]) -> str:
     return json.dumps(spec, ensure_ascii=False)
 
 
-def begin(spec: dict[str, Any], eot: int) -> int:
-    """What a new document begins with in a tokenizer.json: `eot`, but for these a new line."""
+def alphabet(spec: dict[str, Any]) -> set[str]:
+    """The characters of a tokenizer.json that `to_json` has made; empty for another."""
     model = spec.get("model") or {}
     ours = model.get("type") == "WordLevel" and model.get("unk_token") == ""
-    return int(model["vocab"].get("\n", eot)) if ours else eot
+    return {*model["vocab"]} - {EOT} if ours else set()
+
+
+def begin(spec: dict[str, Any], eot: int) -> int:
+    """What a new document begins with in a tokenizer.json: `eot`, but for these a new line."""
+    return int(spec["model"]["vocab"]["\n"]) if "\n" in alphabet(spec) else eot

@@ -12,7 +12,6 @@ LLMC_HEADER = 1024  # bytes, 256 int32: magic, version, tokens; of llm.c and mod
 LLMC_TYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # by magic and version
 LLMC_EVALUATION = 20240522  # the magic of files with questions and answers
 SCAN = 16384  # tokens of a file that are looked at together
-LETTERS = 256  # ids below are single bytes for GPT-2: among any text there are words
 MIN_TAIL = 256  # tokens that say enough about a file
 
 
@@ -83,7 +82,7 @@ def datatrove_note(path: Path) -> tuple[np.dtype[Any], int]:
 
 
 def is_text(data: bytes) -> bool:
-    """Whether bytes are UTF-8 text, of which token ids are not: half of those have zeros in them."""
+    """Whether bytes are UTF-8 text; token ids are not, and small ones have zeros in them."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(data)
     except UnicodeDecodeError:
@@ -91,12 +90,11 @@ def is_text(data: bytes) -> bool:
     return not any(data.count(c) for c in range(9))
 
 
-def check_foreign(path: Path, ids: NDArray[Any], gpt2: bool = True) -> None:
+def check_foreign(path: Path, ids: NDArray[Any]) -> None:
     """Raises ValueError when a file that no meta.json describes is not what it is taken for.
 
-    gpt2: it is taken for GPT-2's tokens. Wrong are text, the numbers of letters, uint32 read as
-    uint16, where every second number is 0 or nearly, and a file that was given its full size but
-    never filled, where the last twentieth is zeros.
+    That is: text, uint32 read as uint16, where every second number is 0 or nearly, and a file that
+    was given its full size but never filled, where the last twentieth is zeros.
     """
     head, tail = ids[:SCAN], ids[-max(MIN_TAIL, len(ids) // 20) :]
     if len(ids) < MIN_TAIL:
@@ -105,12 +103,6 @@ def check_foreign(path: Path, ids: NDArray[Any], gpt2: bool = True) -> None:
         raise ValueError(
             f"{path} is text, not tokens; give it another name, and make tokens of it with: "
             f"python data/prepare.py --source=PATH --dataset={path.parent}"
-        )
-    if head.max() < LETTERS and gpt2:
-        raise ValueError(
-            f"{path}: no id is above {head.max()} in {len(head):,} tokens, so they are letters or "
-            "bytes, not GPT-2's; make them again with: python data/prepare.py --source=PATH "
-            "--tokenizer=bytes, or put the meta.pkl that came with them beside them"
         )
     if ids.itemsize == 2 and 16 * np.quantile(head[1::2], 0.9) < np.median(head[::2]):
         raise ValueError(

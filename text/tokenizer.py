@@ -431,12 +431,15 @@ def hugging_face(
     special[end] = tok.id_to_token(end)
     literal = re.compile("|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))))
     special_ids = np.array(sorted(special), dtype=np.uint32)
+    alphabet = characters.alphabet(spec)
 
     def encode_plain(text: str) -> Ids:
         with named(where):
             return np.array(tok.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def encode_piece(text: str) -> Ids:
+        if alphabet and (unknown := {*text} - alphabet):
+            raise ValueError(f"{where} has no token for {min(unknown)!r}, only for its characters")
         ids = encode_plain(text)
         if not np.isin(ids, special_ids).any() or not literal.search(text):
             return ids
@@ -515,8 +518,6 @@ def named(where: str) -> Iterator[None]:
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        if "Missing [UNK]" in str(e):
-            raise ValueError(f"{where} has no token for a character of the text") from e
         raise ValueError(f"{where} is not a tokenizer.json that works: {e}") from e
 
 

@@ -22,6 +22,7 @@ Ints = NDArray[np.int64]
 DATA = Path(__file__).resolve().parent.parent / "data"
 GPT2_VOCAB = 50257
 NUMBER = re.compile("[0-9]+")
+LETTERS = 256  # ids below are single bytes for GPT-2: in any text there are others
 SCANS = 64  # pieces of a stream that are read to find its largest id
 
 
@@ -168,6 +169,24 @@ def open_part(stem: Path, dtype: str) -> OpenPart:
     return OpenPart(ids, table, val)
 
 
+def taken_for(folder: Path, ids: NDArray[Any]) -> str:
+    """What a folder without meta.json is taken for, with what speaks against it; "" with one.
+
+    ids: (tokens,) of its first file.
+    """
+    if (folder / "meta.json").exists():
+        return ""
+    if (folder / characters.FILE).exists():
+        return f"{folder} has the meta.pkl of nanoGPT's character data: its ids are characters"
+    line, largest = f"{folder} has no meta.json: taken for GPT-2 tokens in uint16", ids[:SCAN].max()
+    if largest >= LETTERS:
+        return line
+    return (
+        f"{line}. WARNING: no id is above {largest}, so they look like letters or bytes; with the "
+        "meta.pkl that came with them, or prepared with --tokenizer=bytes, they are known"
+    )
+
+
 def larger_share(meta: dict[str, Any], context: int) -> str:
     """A val_fraction with which both splits hold a window, as a piece of a message; "" for none."""
     tokens = sum(int(s.get("tokens", 0)) for s in meta["splits"].values())
@@ -216,7 +235,7 @@ class TokenData:
             raise ValueError(self.too_large(facts["max_id"], str(path)))
         if "max_id" not in facts:
             for piece in self.pieces if "parts" not in meta else []:
-                check_foreign(piece.path, piece.ids, meta["tokenizer"] == "gpt2")
+                check_foreign(piece.path, piece.ids)
             n = min(SCAN, self.tokens)
             self.windows(np.linspace(0, self.tokens - n, SCANS, dtype=np.int64), n)
 

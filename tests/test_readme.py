@@ -160,7 +160,7 @@ def test_the_map_is_complete(name):
     here = {path.name for path in ROOT.glob("*.py")}
     folders = {f"{room}/" for room in [*ROOMS, *FOLDERS]} - {"tests/gpu/"}
     assert sorted(listed) == sorted(here | folders)
-    opened = {"run/optim.py", "data/sources.py", "formats/gguf.py", "run/cards.py", "run/stop.py"}
+    opened = {"run/optim.py", "data/readers.py", "formats/gguf.py", "run/cards.py", "run/stop.py"}
     assert {f"`{path}`" for path in opened} <= set(re.findall(r"`[^`\n]+`", text))
 
 

@@ -9,13 +9,17 @@ Arguments apply from left to right, later ones win. A config file is Python that
 it runs in a namespace of its own and only its values are taken, each checked as a flag is.
 """
 
+import contextlib
 import difflib
 import io
 import math
+import os
 import runpy
 import sys
+import textwrap
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,12 +38,20 @@ RENAMED = {
     "norm_eps": "rms_norm_eps",
 }
 
+WIDTH, NOTES_AT = 80, 32  # columns of --help, and where what a setting means begins at the latest
 
 _typed: set[str] = set()  # the settings that were flags of this process's command line
 
 
 class ConfigError(ValueError):
     """A setting that does not exist or fits nothing, or a value of the wrong type; one line."""
+
+    exit_code = 2
+
+
+def typed() -> frozenset[str]:
+    """The settings that were flags of the command line."""
+    return frozenset(_typed)
 
 
 def refuse(branch: str, *names: str) -> None:
@@ -88,17 +100,17 @@ def convert(name: str, value: object, default: Value, where: str) -> Value:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise error
     try:
-        if kind is int and isinstance(value, int | str):
-            try:
-                return int(value)
-            except ValueError:
-                pass  # "1e4" is an int to a person
         number = float(value)
         exact = kind is float or number.is_integer()
+        if kind is int and isinstance(value, int | str):
+            with contextlib.suppress(ValueError):  # "1e4" is an int to a person
+                number = int(value)
     except (ValueError, OverflowError):
         raise error from None
     if not exact or number != number:
         raise error
+    if kind is int and not -(2**63) <= number < 2**63:
+        raise ConfigError(f"{where}: {name}={value} is more than a 64-bit number holds")
     return int(number) if kind is int else number
 
 
@@ -127,7 +139,7 @@ def read_file(path: Path, defaults: Mapping[str, Value]) -> dict[str, Value]:
     """
     try:
         found = runpy.run_path(str(path))
-    except Exception as e:
+    except BaseException as e:  # sys.exit() in it, too: it would end the script without a word
         raise ConfigError(f"{path}: {type(e).__name__}: {e}") from e
     values: dict[str, Value] = {}
     for name, value in found.items():
@@ -139,6 +151,23 @@ def read_file(path: Path, defaults: Mapping[str, Value]) -> dict[str, Value]:
     return values
 
 
+def find_file(arg: str, root: Path | None) -> Path:
+    """The config file of an argument, looked for in the working directory, then in `root`.
+
+    Raises ConfigError for what is none.
+    """
+    path = Path(os.path.expanduser(arg))
+    places = [path, *([root / path] if root else [])]
+    if path.suffix == ".py" and (found := [p for p in places if p.is_file()]):
+        return found[0]
+    for folder in (p for p in places if p.is_dir()):
+        files = ", ".join(str(path / p.name) for p in sorted(folder.glob("*.py")))
+        raise ConfigError(f"{arg!r} is a folder; name a config file{files and f': {files}'}")
+    if path.suffix != ".py":
+        raise ConfigError(f"{arg!r} is neither --name=value nor a config file ending in .py")
+    raise ConfigError(f"there is no config file {arg!r}")
+
+
 def overrides(
     args: Iterable[str], defaults: Mapping[str, Value], root: Path | None = None
 ) -> dict[str, Value]:
@@ -148,61 +177,100 @@ def overrides(
     Raises ConfigError (one line) for an unknown name, a wrong type or a missing file.
     """
     values: dict[str, Value] = {}
-    pending = list(args)
-    while pending:
-        arg = pending.pop(0)
-        if not arg.startswith("--"):
-            path = Path(arg)
-            if path.suffix != ".py":
-                raise ConfigError(
-                    f"{arg!r} is neither --name=value nor a config file ending in .py"
-                )
-            if not path.is_file() and root is not None and (root / path).is_file():
-                path = root / path
-            if not path.is_file():
-                raise ConfigError(f"there is no config file {arg!r}")
-            values.update(read_file(path, defaults))
-            continue
-        name, equals, text = arg[2:].partition("=")
-        name = name.replace("-", "_")
-        if name not in defaults:
+    for words, name, text in split(args, defaults):
+        if not name:
+            values.update(read_file(find_file(words[0], root), defaults))
+        elif name not in defaults:
             seen = {**values, name: text}
             raise ConfigError(f"--{name}: no such setting: {unknown(name, seen, defaults)}")
-        if not equals:  # `--eval_only` and `--batch_size 8` are what fingers type
-            if type(defaults[name]) is bool and (not pending or pending[0].lower() not in BOOLS):
-                text = "True"
-            elif pending and not pending[0].startswith("--"):
-                text = pending.pop(0)
-            else:
-                raise ConfigError(f"--{name} needs a value: write --{name}={defaults[name]!r}")
-        values[name] = convert(name, text, defaults[name], "command line")
+        elif text is None:
+            raise ConfigError(f"--{name} needs a value: write --{name}={defaults[name]!r}")
+        else:
+            values[name] = convert(name, text, defaults[name], "command line")
     return values
 
 
-def comments(path: Path) -> dict[str, str]:
-    """The trailing comment of each top-level assignment in a script, by name."""
-    found: dict[str, str] = {}
-    name = ""
+def split(
+    args: Iterable[str], defaults: Mapping[str, Value]
+) -> Iterator[tuple[list[str], str, str | None]]:
+    """The command line in parts: their words, the setting's name, and its value as text.
+
+    A config file's has no name. The value is None where it is missing, or the name unknown.
+    """
+    pending = list(args)
+    while pending:
+        words = [pending.pop(0)]
+        name, equals, text = words[0][2:].partition("=")
+        name = name.replace("-", "_")
+        if not words[0].startswith("--"):
+            yield words, "", None
+        elif equals:
+            yield words, name, text
+        # `--eval_only` and `--batch_size 8` are what fingers type
+        elif type(defaults.get(name)) is bool and (not pending or pending[0].lower() not in BOOLS):
+            yield words, name, "True"
+        elif name in defaults and pending and not pending[0].startswith("--"):
+            words.append(pending.pop(0))
+            yield words, name, words[1]
+        else:
+            yield words, name, None
+
+
+def without(args: Iterable[str], defaults: Mapping[str, Value], *names: str) -> list[str]:
+    """A command line without the flags of some settings."""
+    return [word for words, name, _ in split(args, defaults) if name not in names for word in words]
+
+
+def read_notes(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """What a script's comments say: of each setting, and as the heading above a group of them.
+
+    The first are by the setting's name, and stand on its lines, in parentheses, too; a heading, by
+    the name of its first setting, has the lines right above.
+    """
+    notes: dict[str, str] = {}
+    headings: dict[str, str] = {}
+    name, above, last = "", "", 0  # above: comment lines that end at the line `last`
     source = io.StringIO(path.read_text(encoding="utf-8"))
     for token in tokenize.generate_tokens(source.readline):
-        if token.type == tokenize.NAME and token.start[1] == 0:
+        line, column = token.start
+        text = token.string.lstrip("# ")
+        if token.type == tokenize.NAME and column == 0 and not name:
             name = token.string
-        elif token.type == tokenize.COMMENT and name and token.line[:1] not in "# ":
-            found[name] = token.string.lstrip("# ")
+            if above and line == last + 1:
+                headings[name] = above
+        elif token.type == tokenize.COMMENT and name:
+            notes[name] = f"{notes.get(name, '')} {text}".strip()
+        elif token.type == tokenize.COMMENT and column == 0:
+            above, last = f"{above} {text}" if line == last + 1 else text, line
         elif token.type == tokenize.NEWLINE:
             name = ""
-    return found
+    return notes, headings
 
 
 def help_text(path: Path, doc: str | None, defaults: Mapping[str, Value]) -> str:
     """What `--help` prints: the script's docstring, then each setting, default and comment."""
-    notes = comments(path)
-    rows = [(f"  --{name}={value!r}", notes.get(name, "")) for name, value in defaults.items()]
-    width = min(44, max((len(flag) for flag, _ in rows), default=0))
-    lines = [f"{flag:<{width}}  {note}".rstrip() for flag, note in rows]
+    notes, headings = read_notes(path)
+    flags = {name: f"  --{name}={value!r}" for name, value in defaults.items()}
+    at = min(NOTES_AT, max(map(len, flags.values()), default=0) + 2)
+    lines = []
+    for name, flag in flags.items():
+        lines += ["", headings[name]] if name in headings else []
+        note = textwrap.wrap(notes.get(name, ""), WIDTH - at, break_on_hyphens=False)
+        if len(flag) + 2 > at:  # it has a line of its own
+            note.insert(0, "")
+        rows = zip_longest([flag], note, fillvalue="")
+        lines += [f"{left:<{at}}{right}".rstrip() for left, right in rows]
     room = "" if path.parent == Path(__file__).resolve().parent else f"{path.parent.name}/"
     usage = f"python {room}{path.name} [CONFIG.py ...] [--name=value ...]"
-    return "\n".join([(doc or "").strip(), "", usage, "", *lines])
+    return "\n".join([(doc or "").strip(), "", usage, *([] if headings else [""]), *lines])
+
+
+def show(text: str) -> None:
+    """Print a text to a reader who may leave before its end, as `head` does."""
+    try:
+        print(text, flush=True)
+    except OSError:  # what is left would fail once more when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def configure(namespace: Mapping[str, Any], args: list[str] | None = None) -> dict[str, Value]:
@@ -214,18 +282,17 @@ def configure(namespace: Mapping[str, Any], args: list[str] | None = None) -> di
     path = Path(namespace["__file__"]).resolve()
     defaults = settings_of(namespace)
     if any(arg in ("-h", "--help") for arg in args):
-        print(help_text(path, namespace.get("__doc__"), defaults))
+        show(help_text(path, namespace.get("__doc__"), defaults))
         sys.exit(0)
     try:
         values = overrides(args, defaults, path.parent)
     except ConfigError as e:
         fail(path.name, str(e))
     _typed.clear()
-    flags = (arg[2:].partition("=")[0] for arg in args if arg.startswith("--"))
-    _typed.update(name.replace("-", "_") for name in flags)
+    _typed.update(name for _, name, _ in split(args, defaults) if name)
     return values
 
 
 def fail(script: str, message: str) -> NoReturn:
-    print(f"{script}: {message}", file=sys.stderr)
-    sys.exit(2)
+    print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(ConfigError.exit_code)

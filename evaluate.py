@@ -1,28 +1,41 @@
 """Measure a trained model: python evaluate.py --task=val --out_dir=out
 
-val        loss on a dataset's whole validation split, in the windows that training evaluates in
-text       perplexity of the text in --file, by a window that slides; a document's start before it
-hellaswag  accuracy in choosing how a text goes on (arXiv 1905.07830), 10,042 items
-lambada    accuracy in guessing a text's last word (arXiv 1606.06031; OpenAI's version), 5,153 items
+val        loss on a dataset's whole validation split, in the windows that
+           training evaluates in
+text       perplexity of the text in --file, by a window that slides; a
+           document's start stands before it
+hellaswag  accuracy in choosing how a text goes on (arXiv 1905.07830), 10,042
+           items
+lambada    accuracy in guessing a text's last word (arXiv 1606.06031; OpenAI's
+           version), 5,153 items
 
-Results go to stdout as JSON, and to stderr as a line of a Markdown table. With --out=PATH the JSON
-goes to that file and has every item's scores, too.
+Results go to stdout as JSON, and to stderr as a line of a Markdown table. With
+--out=PATH the JSON goes to that file and has every item's scores, too.
 
-val counts as training does; the others count as other tools see the exported model, which has no
-vocabulary beyond the tokenizer's. HellaSwag and LAMBADA follow lm-evaluation-harness 0.4, without
-examples in the prompt (0-shot), and in float32 give its scores:
+val counts as training does; the others count as other tools see the exported
+model, which has no vocabulary beyond the tokenizer's. HellaSwag and LAMBADA
+follow lm-evaluation-harness 0.4, without examples in the prompt (0-shot), and
+in float32 give its scores:
 
-- The score of an answer is the sum of the log-likelihoods of its tokens after the context. Context
-  and answer are tokenized as one text; blanks at the context's end count to the answer. What does
-  not fit in the model's window is cut off at the left. An empty context is an end-of-text, or the
-  start token of a model that was imported and has one.
-- HellaSwag: the context is "activity_label: ctx_a ctx_b", ctx_b capitalised; " [title]" becomes
-  ". ", what is in square brackets goes, as do double blanks; a blank and an ending follow. acc
-  counts the items whose right ending scores best; acc_norm does so after dividing the scores by the
-  endings' lengths in characters (as the harness does), acc_bytes in UTF-8 bytes.
-- LAMBADA: the context is all but the last word, words being separated by single blanks. acc counts
-  the words whose every token is the likeliest; perplexity is exp of the mean negative score.
+- The score of an answer is the sum of the log-likelihoods of its tokens after
+  the context. Context and answer are tokenized as one text; blanks at the
+  context's end count to the answer. What does not fit in the model's window is
+  cut off at the left. An empty context is an end-of-text, or the start token of
+  a model that was imported and has one.
+- HellaSwag: the context is "activity_label: ctx_a ctx_b", ctx_b capitalised;
+  " [title]" becomes ". ", what is in square brackets goes, as do double blanks;
+  a blank and an ending follow. acc counts the items whose right ending scores
+  best; acc_norm does so after dividing the scores by the endings' lengths in
+  characters (as the harness does), acc_bytes in UTF-8 bytes.
+- LAMBADA: the context is all but the last word, words being separated by single
+  blanks. acc counts the words whose every token is the likeliest; perplexity is
+  exp of the mean negative score.
 """
+
+from run import interrupt
+
+if __name__ == "__main__":  # the other imports take seconds
+    interrupt.take(interrupt.end)
 
 import json
 import math
@@ -39,16 +52,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 from tqdm import tqdm
 
-from configurator import configure
+from configurator import configure, refuse, settings_of
 from formats import pretrained
 from formats.pretrained import Pretrained
 from making.scoring import Ids, Question, Score, ask, score, sliding
 from run import script
 from run.gpu import unused_gpu
 from run.machine import Machine, choose_attention, describe, find_machine
+from run.settings import at_least, check_folder, check_model
 from text.files import path_of, read_text, write
 from text.tokenizer import Tokenizer, get_tokenizer, well_formed
-from text.tokens import TokenData, dataset_folder, read_meta, split_files
+from text.tokens import TokenData, read_meta, split_files
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is measured
@@ -64,6 +78,12 @@ batch_size = 8  # contexts of the model's length in a batch: memory, not the res
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "float32"  # float32, bfloat16, float16, auto; the harness's scores are float32's
 
+IDLE = {  # settings that are another task's
+    "val": ("file", "limit", "stride"),
+    "text": ("dataset", "limit"),
+    "hellaswag": ("dataset", "stride"),
+    "lambada": ("dataset", "stride"),
+}
 HUB = {  # name, configuration and split of what lm-evaluation-harness uses
     "hellaswag": ("Rowan/hellaswag", None, "validation"),
     "lambada": ("EleutherAI/lambada_openai", "default", "test"),
@@ -130,7 +150,7 @@ def run_val(found: Pretrained, machine: Machine) -> dict[str, Any]:
     name = dataset or str(config.get("dataset") or "")
     if not name:
         raise ValueError(f"{found.path} does not tell its dataset; write --dataset=NAME")
-    folder = dataset_folder(name)
+    folder = check_folder(name)
     size = found.model.config
     meta = read_meta(folder)
     if "parts" not in meta:
@@ -316,16 +336,28 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def main() -> None:
+def check() -> None:
+    """Raises ValueError for settings that do not fit, and for flags that change nothing."""
     if task not in TASKS:
         raise ValueError(f"task must be {', '.join(TASKS)}, not {task!r}")
-    if limit < 0 or stride < 0 or batch_size < 1:
-        raise ValueError("limit and stride must be at least 0, batch_size at least 1")
+    refuse(f"with task={task}", *IDLE[task])
+    if init_from != "resume":
+        refuse(f"with init_from={init_from}", "out_dir")
+    at_least(settings_of(globals()), limit=0, stride=0, batch_size=1)
     if task == "text" and not file:
         raise ValueError("the text to measure is missing; write --file=PATH")
     target = path_of(out)
-    if out and (target.is_dir() or not target.parent.is_dir()):
-        raise ValueError(f"out={out!r} is a folder, or in one that is not there")
+    if out and target.is_dir():
+        raise ValueError(f"out={out} is a folder; write --out={target / 'results.json'}")
+    if out and not target.parent.is_dir():
+        raise ValueError(
+            f"out={out}: there is no folder {target.parent}; make it, or choose another"
+        )
+    check_model(init_from, out_dir)
+
+
+def main() -> None:
+    check()
     machine = find_machine(device, dtype)
     if why := unused_gpu(device, machine.device):
         print(f"WARNING  on the {machine.device.type}: {why}", file=sys.stderr)
@@ -346,7 +378,7 @@ def main() -> None:
     results["seconds"] = round(time.perf_counter() - started, 2)
     print(table(results), file=sys.stderr)
     if out:
-        write(target, json.dumps(results, indent=2) + "\n")
+        write(path_of(out), json.dumps(results, indent=2) + "\n")
     else:
         results.pop("records", None)
         print(json.dumps(results, indent=2))

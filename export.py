@@ -5,6 +5,11 @@ gguf     one file for llama.cpp, Ollama and LM Studio
 easygpt  a .pt under the key names of EasyGPT's published files
 """
 
+from run import interrupt
+
+if __name__ == "__main__":  # the other imports take seconds
+    interrupt.take(interrupt.end)
+
 import json
 import os
 import re
@@ -17,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configurator import configure
+from configurator import configure, refuse
 from formats import checkpoint, easygpt, gguf, hf, hub, listing, pretrained
 from model import GPT, GPTConfig
 from run import script
 from run.records import read_records
+from run.settings import check_model
 from text.files import path_of, write
 from text.tokenizer import Tokenizer
 
@@ -220,14 +226,19 @@ def main() -> None:
         raise ValueError(f"dtype must be {', '.join(known)} for --to={to}, not {dtype!r}")
     if push and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise ValueError(f"push must be USER/NAME, not {push!r}")
+    if to == "easygpt":
+        refuse("with to=easygpt, whose files name none", "license")
+    check_model(init_from, out_dir)
     path, model, tok, state, problems = pretrained.load(init_from, out_dir)
     for problem in problems:
         print(f"passed over: {problem}", file=sys.stderr)
     ours = path.suffix in listing.KINDS and not init_from.startswith(hub.PREFIX)  # no cache's
+    if init_from != "resume" and (ours or output):
+        refuse(f"with init_from={init_from}", "out_dir")
     run = path.parent if ours else path_of(out_dir)
-    weights, config = published(model, tok)
     target = target_path(run)
     target.parent.mkdir(parents=True, exist_ok=True)
+    weights, config = published(model, tok)
     name = push.split("/")[-1] or (path if path.is_dir() and not ours else run).resolve().name
     names: list[str] = []
     if to == "hf":

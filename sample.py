@@ -1,8 +1,15 @@
-"""Print text from a checkpoint: python sample.py --out_dir=out --start="Once upon a time"
+"""Text from a model: python sample.py --out_dir=out --start="Once upon a time"
 
-Text goes to stdout as it is made, everything else to stderr. --interactive prompts in a loop.
+Text goes to stdout as it is made, everything else to stderr. --interactive asks
+for prompts; Ctrl-C then ends an answer, and at the prompt the program.
 """
 
+from run import interrupt
+
+if __name__ == "__main__":  # the other imports take seconds
+    interrupt.take(interrupt.end)
+
+import itertools
 import os
 import sys
 import time
@@ -13,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
-from configurator import configure
+from configurator import configure, refuse, settings_of
 from formats import pretrained
 from making.compiled import compile_decode, for_few_rows, use_huge_pages
 from making.sampling import cache_length, check_sampling, stream
@@ -21,7 +28,9 @@ from model import GPT
 from run import script
 from run.compiling import why_not_compile
 from run.gpu import unused_gpu
+from run.log import printable
 from run.machine import Machine, choose_attention, describe, find_machine
+from run.settings import at_least, check_model
 from text.files import path_of, read_text
 from text.tokenizer import StreamDecoder, Tokenizer
 
@@ -53,7 +62,15 @@ def read_prompt(text: str) -> str:
     """
     if not text.startswith("FILE:"):
         return text
+    if text == "FILE:":
+        raise ValueError("start='FILE:' names no file; write --start=FILE:PATH")
     return read_text(path_of(text[len("FILE:") :]))
+
+
+def put(text: str) -> None:
+    """Print text: to a file or a pipe as it is, to a terminal so that it survives."""
+    shown = printable(text, keep="\n\t") if sys.stdout.isatty() else text
+    print(shown, end="", flush=True)
 
 
 def prompt_ids(tok: Tokenizer, text: str, model: GPT) -> list[int]:
@@ -76,16 +93,16 @@ def write(pieces: Iterator[torch.Tensor], tok: Tokenizer) -> int:
             if number in tok.ends:
                 break
             count += 1
-            print(decoder.push(number), end="", flush=True)
+            put(decoder.push(number))
     finally:
-        print(decoder.flush(), flush=True)
+        put(decoder.flush() + "\n")
     return count
 
 
 def prompts() -> Iterator[str]:
     """The prompts to answer: `start` num_samples times, or what is typed."""
     if not interactive:
-        yield from [read_prompt(start)] * num_samples
+        yield from itertools.repeat(read_prompt(start), num_samples)
         return
     print("a prompt and Enter; an empty line ends", file=sys.stderr)
     while True:
@@ -119,12 +136,22 @@ def compile_for(model: GPT, length: int) -> bool:
     return not problem
 
 
-def main() -> None:
+def check() -> None:
+    """Raises ValueError for settings out of range, and for flags that change nothing."""
+    if init_from != "resume":
+        refuse(f"with init_from={init_from}", "out_dir")
+    if interactive:
+        refuse("with interactive=True, which asks for prompts", "start", "num_samples")
+    if temperature == 0:
+        how = ("top_k", "top_p", "min_p", "seed")
+        refuse("with temperature=0, which draws nothing", *how)
+    at_least(settings_of(globals()), num_samples=1, max_new_tokens=1, top_k=0, seed=0)
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be at least 0 and below 2**63, not {seed}")
-    if num_samples < 1 or max_new_tokens < 1:
-        raise ValueError("num_samples and max_new_tokens must be at least 1")
+    check_model(init_from, out_dir)
+
+
+def main() -> None:
+    check()
     if not interactive:
         read_prompt(start)
     machine = find_machine(device, dtype)
@@ -147,29 +174,35 @@ def main() -> None:
         compiles = False
         print(f"not compiled: {problem}", file=sys.stderr)
     for i, text in enumerate(prompts()):
-        if i and not interactive:
-            print("-" * 40)
-        ids = torch.tensor([prompt_ids(tok, text, model)], device=machine.device)
-        length = cache_length(ids.size(1) + max_new_tokens, model.config.max_position_embeddings)
-        if compiles and length not in compiled:
-            compiles = compile_for(model, length)
-            compiled.add(length)
-        print(text, end="", flush=True)
-        t0 = time.perf_counter()
-        tokens = stream(
-            model,
-            ids,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            vocab_size=tok.vocab_size,
-            generator=generator,
-        )
-        made += write(tokens, tok)
-        took_s += time.perf_counter() - t0
+        try:
+            if i and not interactive:
+                print("-" * 40)
+            ids = torch.tensor([prompt_ids(tok, text, model)], device=machine.device)
+            length = cache_length(
+                ids.size(1) + max_new_tokens, model.config.max_position_embeddings
+            )
+            if compiles and length not in compiled:
+                compiles = compile_for(model, length)
+                compiled.add(length)
+            put(text)
+            t0 = time.perf_counter()
+            tokens = stream(
+                model,
+                ids,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                vocab_size=tok.vocab_size,
+                generator=generator,
+            )
+            made += write(tokens, tok)
+            took_s += time.perf_counter() - t0
+        except KeyboardInterrupt:  # which ends an answer alone
+            if not interactive:
+                raise
     print(f"{made} tokens, {made / max(took_s, 1e-9):.1f} tokens/s", file=sys.stderr)
 
 

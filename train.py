@@ -1,8 +1,14 @@
 """Train a GPT: python train.py config/train_gpt.py [--name=value ...]
 
-One flat loop, on one device, or under torchrun on many. Every setting below can be set in a config
-file or as a flag. Leaves in out_dir: checkpoints, metrics.jsonl, config.json and loss.png.
+One flat loop, on one device, or under torchrun on many. Every setting below can
+be set in a config file or as a flag. Leaves in out_dir: checkpoints,
+metrics.jsonl, config.json and loss.png.
 """
+
+from run import interrupt
+
+if __name__ == "__main__":  # the other imports take seconds
+    interrupt.take(interrupt.end)
 
 import json
 import os
@@ -25,9 +31,9 @@ if (
 import torch
 from torch import Tensor, nn
 
-from configurator import configure, settings_of
+from configurator import configure, refuse, settings_of, typed, without
 from model import num_parameters
-from run import folder, script
+from run import folder, optim, script
 from run.agreement import Agreement
 from run.cards import peak_flops
 from run.compiling import compile_or_say_why
@@ -39,31 +45,24 @@ from run.health import Health
 from run.log import Log, say
 from run.machine import Machine, choose_attention, find_machine, make_deterministic, tune
 from run.microbatch import MicroBatch, windows_of_rank
-from run.optim import (
-    clip_gradients,
-    configure_optimizer,
-    make_schedule,
-    set_hyperparameters,
-    set_rate,
-)
 from run.parallel import check_sharded, replicate, set_sync, shard
 from run.picture import draw_run
 from run.records import Wandb
 from run.saver import Saver
-from run.settings import check
+from run.settings import check, check_folder, idle, run_folder
 from run.settings import eval_windows as windows_to_read
 from run.start import Start, contents, find_start, model_as_set, source_of
 from run.stop import Stop, Stopped
-from run.team import join, one_voice, run_team
+from run.team import in_team, join, one_voice, run_team
 from text import files
 from text.batches import TrainLoader, TrainOrder, key_of
 from text.tokenizer import get_tokenizer
-from text.tokens import TokenData, dataset_folder, read_meta, taken_for
+from text.tokens import TokenData, read_meta, taken_for
 
 # the run
-out_dir = "out"  # where checkpoints and logs go
+out_dir = "out"  # folder where checkpoints and logs go
 init_from = "scratch"  # scratch, resume, auto (resume or scratch), PATH, hf:FOLDER, hf:USER/NAME
-overwrite = False  # let a run from scratch replace the run that out_dir holds
+overwrite = False  # let a new run replace the run that out_dir holds
 seed = 1337  # of initial weights, data order and dropout
 # data
 dataset = "openwebtext"  # folder under data/, or a path with a slash
@@ -71,40 +70,40 @@ tokens_per_step = 491520  # tokens in one update; accumulation is derived from i
 batch_size = 12  # the most windows at once: for memory; updates do not depend on it
 # model (the defaults are the 303M reference)
 vocab_size = 0  # 0 = the tokenizer's, rounded up to a multiple of 64
-hidden_size = 1024
-intermediate_size = 2560
-num_hidden_layers = 24
-num_attention_heads = 16
-num_key_value_heads = 4
-head_dim = 64
+hidden_size = 1024  # numbers that a token is between two layers
+intermediate_size = 2560  # numbers inside each MLP, which is a SwiGLU
+num_hidden_layers = 24  # blocks of attention and MLP
+num_attention_heads = 16  # query heads of a layer
+num_key_value_heads = 4  # key and value heads of a layer; query heads share them evenly
+head_dim = 64  # numbers of a head, an even number
 max_position_embeddings = 1024  # context, tokens
-rope_theta = 10000.0
-rms_norm_eps = 1e-6
+rope_theta = 10000.0  # base of the rotary positions' wavelengths
+rms_norm_eps = 1e-6  # added to the mean square in RMSNorm
 dropout = 0.0  # 0 for pretraining, 0.1 and more for small data seen many times
 tie_word_embeddings = True  # the head's weight is the embedding's
 qk_norm = False  # RMSNorm on queries and keys, as Qwen3
-attention_bias = False
-mlp_bias = False
+attention_bias = False  # biases in the projections of attention
+mlp_bias = False  # biases in the MLP
 # optimizer: AdamW
-max_iters = 15000  # updates
-learning_rate = 3.2e-4  # peak
-min_lr = 3.2e-5  # a tenth of the peak
-warmup_iters = 800  # linear, from 0
+max_iters = 15000  # updates of the whole run, those before a resume included
+learning_rate = 3.2e-4  # the peak
+min_lr = 3.2e-5  # where a cosine from the peak ends; a tenth of it
+warmup_iters = 800  # updates of a linear rise to the peak
 lr_decay_iters = 0  # updates until min_lr is reached; 0 = max_iters
 decay_lr = True  # False: always the peak, no warm-up
 weight_decay = 0.1  # on tensors of 2 or more dimensions
-beta1 = 0.9
-beta2 = 0.95
+beta1 = 0.9  # how much of the mean gradient an update keeps
+beta2 = 0.95  # the same of the mean squared gradient
 grad_clip = 1.0  # largest gradient norm; 0 = off
 max_skipped = 10  # updates in a row with a loss or gradient that is not finite before giving up
 skip_spike = 0.0  # leave out an update whose loss is this many deviations above the last; 0 = off
 # evaluation, log, checkpoints
-eval_interval = 400  # updates
+eval_interval = 400  # updates between evaluations
 eval_windows = 2400  # windows of validation text, the same ones every time
 eval_iters = 0  # nanoGPT's: eval_iters x batch_size windows instead; 0 = eval_windows
 sample_prompt = ""  # a text to go on with at each evaluation, to read along; empty = none
 reference = ""  # metrics.jsonl of a run to compare with, as assets/curves/easygpt.jsonl
-log_interval = 10  # updates
+log_interval = 10  # updates between lines of the log
 checkpoint_interval = 0  # updates between checkpoints; 0 = at evaluations
 checkpoint_minutes = 15.0  # and at the latest after this time
 keep_last = 2  # newest checkpoints kept, beside the best
@@ -112,9 +111,9 @@ milestone_interval = 0  # keep the checkpoints at multiples of this for ever; 0 
 sharded_checkpoints = False  # with fsdp or hsdp: folders of which each rank writes its part
 time_limit = 0.0  # minutes after which to save and stop; 0 = none
 watchdog_minutes = 30.0  # without a micro-step before the run counts as hung and ends; 0 = never
-wandb_log = False
-wandb_project = "easygpt"
-wandb_run_name = ""  # empty = the name of out_dir
+wandb_log = False  # send the log to wandb, too
+wandb_project = "easygpt"  # its project there
+wandb_run_name = ""  # its name there; empty = the name of out_dir
 # machine
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: type of matrix products, by autocast
@@ -124,7 +123,7 @@ deterministic = False  # on CUDA: a resumed run is the same bit for bit, as on a
 activation_checkpointing = False  # compute each block twice: less memory, a third more operations
 # a plan instead of a run
 dry_run = False  # print what the run will take; device may then be a card's name, as RTX3090
-world_size = 1  # cards to plan for
+world_size = 1  # cards to plan for, with a card's name as the device
 
 
 def micro_step(
@@ -148,10 +147,12 @@ def micro_step(
 def main() -> None:
     settings = settings_of(globals())
     check(settings)
+    for why, names in idle(settings, in_team()):
+        refuse(why, *names)
     if dry_run:
         from plan.report import report  # of no use to a run
 
-        return report(settings)
+        return report(settings, typed())
 
     # --- who and where: everything that can be wrong is found before any work
     stop = Stop(time_limit, watchdog_minutes)
@@ -162,7 +163,7 @@ def main() -> None:
     sharded = parallel != "ddp" and not team.alone
     if sharded:
         check_sharded(parallel, machine.dtype, sample_prompt)
-    out, data = files.path_of(out_dir), dataset_folder(dataset)
+    out, data = run_folder(out_dir), check_folder(dataset)
     meta, curve = read_meta(data), read_curve(reference)
     tok = get_tokenizer(meta["tokenizer"], data)
     as_set = model_as_set(settings, meta)
@@ -175,7 +176,7 @@ def main() -> None:
     start = Start(as_set)
     if rank == 0:
         start = find_start(source, out, as_set, batch_size, whole=not sharded)
-        tok = start.check(as_set, tok, now)
+        tok = start.check(as_set, tok, now, typed())
     start = start.shared(team, sharded)
     state, context = start.state, start.config.max_position_embeddings
     windows = windows_of_rank(tokens_per_step, context, ranks)
@@ -201,11 +202,11 @@ def main() -> None:
         model.to(machine.device)
         net = model if team.alone else replicate(model)
     kernel = choose_attention(model, machine.dtype)
-    optimizer = configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
+    optimizer = optim.configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     start.restore(model, optimizer, scaler, team)
-    set_hyperparameters(optimizer, (beta1, beta2), weight_decay)
-    schedule = make_schedule(learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters)
+    optim.set_hyperparameters(optimizer, (beta1, beta2), weight_decay)
+    schedule = optim.make_schedule(learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters)
 
     # --- what keeps the run alive, and what it leaves behind
     parts = None
@@ -235,10 +236,9 @@ def main() -> None:
         say(f"run      warmup_iters={schedule.warmup}, not {warmup_iters}: a tenth of the decay")
     if line := taken_for(data, train_data.ids[0]):
         say(f"data     {line}")
-    if eval_iters:
-        say(f"run      {evaluation.windows} windows in an evaluation: eval_iters x batch_size")
-    same_bits = "; deterministic" if deterministic else ""
-    say(f"machine  {machine.line(ranks)}; {kernel} attention{same_bits}")
+    if eval_iters or evaluation.count < evaluation.windows:
+        say(f"run      {evaluation.line(eval_iters)}")
+    say(f"machine  {machine.line(ranks)}; {kernel} attention{'; deterministic' * deterministic}")
     if why := unused_gpu(device, machine.device):
         say(f"WARNING  training on the {machine.device.type}: {why}")
     if start.resumed:
@@ -254,7 +254,7 @@ def main() -> None:
     state.wandb_run_id = wandb.run_id
     if wandb.problem:
         say(wandb.problem)
-    peak = (peak_flops(machine.device) or 0) * ranks
+    peak = (peak_flops(machine.device, machine.dtype) or 0) * ranks
     log = Log(out, rank, wandb, state.iter_num, max_iters, log_interval, curve)
     log.measure(tokens_per_step, flops, peak)
     origin = settings | {"init_from": start.origin}
@@ -291,7 +291,7 @@ def main() -> None:
 
             log.begin()
             rate = schedule.at(step) if decay_lr else learning_rate
-            set_rate(optimizer, rate)
+            optim.set_rate(optimizer, rate)
             for attempt in micro.attempts():
                 with attempt:
                     torch.manual_seed(key_of(seed, step, rank) % 2**63)  # dropout, resumed or not
@@ -302,7 +302,7 @@ def main() -> None:
                         mean += micro_step(net, batch, micro.count, machine, scaler)
                     mean /= micro.count  # they are all of one size
             scaler.unscale_(optimizer)
-            norm = clip_gradients(model, grad_clip)
+            norm = optim.clip_gradients(model, grad_clip)
             mean = team.sum(mean) / ranks
             loss, grad_norm = torch.stack((mean, norm)).tolist()  # the step's one wait
             if health.is_good(step, loss, grad_norm):
@@ -328,7 +328,8 @@ def main() -> None:
         raise OSError(f"{problem}; the updates since the last checkpoint are lost")
     if best_failed:
         raise OSError(f"{best_failed}; all updates are saved, but the best one is older")
-    again = shlex.join([*team.launcher(), *sys.argv, "--init_from=resume"])  # later flags win
+    flags = without(sys.argv[1:], settings, "init_from", "overwrite")
+    again = shlex.join([*team.launcher(), sys.argv[0], *flags, "--init_from=resume"])
     if failure:
         raise ValueError(f"{failure}. The {state.iter_num} updates so far are saved; then: {again}")
     if state.iter_num < max_iters:

@@ -1,20 +1,25 @@
-"""Speed of making text: python bench/decode.py --layers=24 --hidden=1024 --dtype=bfloat16
+"""Speed of making text: python bench/decode.py --layers=24 --hidden=1024
 
-Greedy text from random weights, on a CPU (24 x 1024 is the reference's shape). sample.py's ways
-stand against transformers' cached generate, other model.py files and, where llama-cpp-python is
-installed, llama.cpp: tokens/s, and the weights read in a second against what memory gives.
+Greedy text from random weights, on a CPU (24 x 1024 is the reference's shape).
+sample.py's ways stand against transformers' cached generate, other model.py
+files and, where llama-cpp-python is installed, llama.cpp: tokens/s, and the
+weights read in a second against what memory gives.
 """
 
-import re
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the repository, not this folder, whose train.py is another
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from run import interrupt
+
+    interrupt.take(interrupt.end)
+
+import re
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__":  # instead of this folder, whose train.py is another
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 from torch import Tensor
@@ -30,9 +35,10 @@ from bench.models import Shape, loud_model
 from bench.picture import draw_bars
 from bench.rounds import in_turn, median, ratio
 from bench.settings import MODES, check, peers
-from configurator import configure
+from configurator import configure, settings_of
 from making.compiled import use_huge_pages
 from run import script
+from run.settings import at_least
 
 # what
 peer = ""  # other model.py files, EasyGPT's or nanoGPT's, with commas between
@@ -140,12 +146,11 @@ def measure(
 
 
 def main() -> None:
-    check(mode, dtype, layers=layers, hidden=hidden, repeats=repeats)
-    if new_tokens < 2 or not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", cases):
-        raise ValueError(
-            "new_tokens must be at least 2, and cases BATCHxPROMPT with commas between, not "
-            f"{new_tokens} and {cases!r}"
-        )
+    check(mode, dtype, png, layers=layers, hidden=hidden, repeats=repeats)
+    at_least(settings_of(globals()), new_tokens=2)
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", cases):
+        raise ValueError(f"cases must be BATCHxPROMPT with commas between, not {cases!r}")
+    others = peers(peer)
     shapes = [[int(n) for n in case.split("x")] for case in cases.split(",")]
     longest = max(prompt for _, prompt in shapes) + new_tokens
     weights, bars = getattr(torch, dtype), []  # their type
@@ -154,7 +159,7 @@ def main() -> None:
         folder = Path(name)
         decoders = [transformers_decoder(model, folder, weights)]
         decoders += our_decoders(model, MODES[mode], new_tokens)
-        decoders += [peer_decoder(path, model.config, weights) for path in peers(peer)]
+        decoders += [peer_decoder(path, model.config, weights) for path in others]
         decoders += llama_cpp_decoders(model, folder, dtype)
         for rows, prompt in shapes:
             fit = [d for d in decoders if d.batches or rows == 1]

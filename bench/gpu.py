@@ -1,23 +1,28 @@
 """A GPU in at most eight minutes: python bench/gpu.py [--steps=2,8]
 
-All that is planned, promised or assumed about a GPU: speed, memory against the plan, running out of
-memory, resuming, decoding and more. A step that fails or hangs stops no other. Results go to a
-JSON report, step by step, and into two tables at the end; please send both. --device=cpu
---tiny=True tries the bench itself where there is no GPU.
+All that is planned, promised or assumed about a GPU: speed, memory against the
+plan, running out of memory, resuming, decoding and more. A step that fails or
+hangs stops no other. Results go to a JSON report, step by step, and into two
+tables at the end; please send both. --device=cpu --tiny=True tries the bench
+itself where there is no GPU.
 """
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the repository, not this folder, whose train.py is another
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from run import interrupt
+
+    interrupt.take(interrupt.end)
 
 import contextlib
 import datetime
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
-
-if __name__ == "__main__":  # instead of this folder, whose train.py is another
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 
@@ -27,6 +32,7 @@ from bench.gpu_probe import MARK, Setup
 from bench.gpu_report import Result, judge, memory_table, newest, read_report, table
 from configurator import configure
 from run import script
+from run.settings import check_way
 from text import files
 
 steps = ""  # which steps to run, as 2,8; empty = all
@@ -157,8 +163,10 @@ def run(folder: Path, numbers: list[int], path: Path, device: str, tiny: bool) -
 
 def main() -> None:
     numbers, chosen = chosen_steps(steps), chosen_device(device, tiny)
+    path = files.path_of(report).resolve()
+    check_way(f"report={report}", path.parent)
     with tempfile.TemporaryDirectory() as folder:
-        run(Path(folder), numbers, Path(report).resolve(), chosen, tiny)
+        run(Path(folder), numbers, path, chosen, tiny)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@ from typing import Any
 from bench.gpu_probe import GIB
 from plan.report import RESERVE
 
-Result = dict[str, Any]  # of a step: facts, checks, figures, note; in the file with step, card ...
+Result = dict[str, Any]  # of a step: facts, checks, figures, note; in the file with KEYS
+KEYS: dict[str, Any] = {
+    **{"step": int, "name": str, "card": str, "tiny": bool, "torch": str, "seconds": int | float},
+    **{"passed": bool | None, "missed": str, "facts": list, "checks": dict, "figures": dict},
+}
 
 
 def read_report(path: Path) -> list[Result]:
@@ -17,11 +21,14 @@ def read_report(path: Path) -> list[Result]:
         return []
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not all({"step", "card", "tiny", "figures"} <= set(r) for r in found):
+        if not isinstance(found, list):
             raise ValueError("not a list of results")
-    except (ValueError, TypeError) as e:
+        for i, row in enumerate(found, 1):
+            if bad := [k for k, kind in KEYS.items() if not isinstance(row.get(k), kind)]:
+                raise ValueError(f"result {i} has no {', '.join(bad)}, or another kind of it")
+    except (ValueError, AttributeError) as e:
         raise ValueError(f"{path} is no report of this bench ({e}); choose another --report") from e
-    return list(found)
+    return found
 
 
 def newest(results: Iterable[Result], card: str, tiny: bool) -> dict[int, Result]:

@@ -1,13 +1,17 @@
-"""How training grows: python bench/growth.py --layers=4 --hidden=256 --dtype=bfloat16 --compile
+"""How training grows: python bench/growth.py --layers=4 --hidden=256
 
-Speed and memory of this model's training steps when context, batch or depth change, one at a time.
+Speed and memory of this model's training steps when context, batch or depth
+change, one at a time.
 """
 
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # instead of this folder, whose train.py is another
+if __name__ == "__main__":  # the repository, not this folder, whose train.py is another
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from run import interrupt
+
+    interrupt.take(interrupt.end)
 
 from bench.models import Shape
 from bench.rounds import median
@@ -15,6 +19,7 @@ from bench.settings import check
 from bench.trainers import Kind, measured_peak, running
 from configurator import configure
 from run import script
+from text.files import path_of
 
 # what
 compile = False  # torch.compile
@@ -69,12 +74,12 @@ def draw(
         grid[1][column].set_xticks(numbers)
         grid[1][column].tick_params("x", labelsize=8)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path_of(path), dpi=120)
 
 
 def main() -> None:
     base = Shape(layers, hidden, batch, context)
-    check(dtype=dtype, repeats=repeats, **base._asdict())
+    check(dtype=dtype, png=png, repeats=repeats, **base._asdict())
     how = f"{dtype}, {'compiled' if compile else 'eager'}"
     sweeps = sweeps_of(base)
     found: dict[tuple[str, int], Figures] = {}

@@ -1,19 +1,23 @@
 """What reading a batch costs: python bench/load.py
 
-The loader of train.py reads batches of 12 x 1024 tokens from 200 MB on disk, in one thread, against
-the ways of nanoGPT and EasyGPT: microseconds a batch.
+The loader of train.py reads batches of 12 x 1024 tokens from 200 MB on disk, in
+one thread, against the ways of nanoGPT and EasyGPT: microseconds a batch.
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the repository, not this folder, whose train.py is another
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from run import interrupt
+
+    interrupt.take(interrupt.end)
+
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # instead of this folder, whose train.py is another
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch
@@ -77,7 +81,7 @@ def print_table(times: dict[str, list[float]]) -> list[tuple[str, float]]:
 
 
 def main() -> None:
-    check(repeats=repeats)
+    check(png=png, repeats=repeats)
     bars = []
     with tempfile.TemporaryDirectory() as folder:
         ids = np.random.default_rng(0).integers(0, 50257, TOKENS, dtype=np.uint16)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from text.files import path_of
+
 
 def draw_bars(path: str, title: str, bars: Sequence[tuple[str, float]]) -> None:
     """Draw labelled values as horizontal bars into a PNG; nothing without a path."""
@@ -16,4 +18,4 @@ def draw_bars(path: str, title: str, bars: Sequence[tuple[str, float]]) -> None:
     axes.invert_yaxis()
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path_of(path), dpi=120)

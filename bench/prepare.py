@@ -1,29 +1,35 @@
-"""Text to tokens in three ways: python bench/prepare.py [--text=FILE.jsonl] [--num_proc=4]
+"""Text to tokens in three ways: python bench/prepare.py [--text=FILE.jsonl]
 
-data/prepare.py stands against nanoGPT's recipe (datasets.map with encode_ordinary for each
-document, then a memory map) and against tiktoken's encode_ordinary_batch alone, on the same text
-with the same number of processes or threads: MB/s, temporary disk, memory. GPT-2's vocabulary has
-to be where tiktoken finds it (a network, or TIKTOKEN_CACHE_DIR).
+data/prepare.py stands against nanoGPT's recipe (datasets.map with
+encode_ordinary for each document, then a memory map) and against tiktoken's
+encode_ordinary_batch alone, on the same text with the same number of processes
+or threads: MB/s, temporary disk, memory. GPT-2's vocabulary has to be where
+tiktoken finds it (a network, or TIKTOKEN_CACHE_DIR).
 """
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the repository, not this folder, whose train.py is another
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from run import interrupt
+
+    interrupt.take(interrupt.end)
 
 import json
 import random
 import shutil
-import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__":  # instead of this folder, whose train.py is another
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from bench.commands import Cost, run
 from bench.rounds import in_turn, median, ratio
 from bench.settings import check
 from configurator import configure
 from run import script
+from text.files import path_of
 
 text = ""  # a .jsonl of {"text": ...}; empty = the embedded corpus, repeated to 64 MB
 num_proc = 2  # processes or threads of every way
@@ -119,7 +125,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "corpus.jsonl"), Path(folder, "out")
         if text:
-            source = Path(text).resolve()
+            source = path_of(text).resolve()
+            if not source.is_file():
+                raise ValueError(f"text={text}: there is no file {source}; write a .jsonl's PATH")
         else:
             write_corpus(source)
         megabytes = megabytes_of(source)

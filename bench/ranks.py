@@ -1,18 +1,22 @@
 """Two processes against one: python bench/ranks.py
 
-train.py makes the same updates of the same tokens with two ranks, a core each, and with one rank on
-one core: tokens/s.
+train.py makes the same updates of the same tokens with two ranks, a core each,
+and with one rank on one core: tokens/s.
 """
 
-import os
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the repository, not this folder, whose train.py is another
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from run import interrupt
+
+    interrupt.take(interrupt.end)
+
+import os
 import tempfile
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-
-if __name__ == "__main__":  # instead of this folder, whose train.py is another
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 

@@ -1,22 +1,27 @@
 """What a checkpoint costs a run: python bench/save.py [--updates=600]
 
-Runs of the demo's config on the embedded corpus save every 25 updates. Of each 25 the first 12,
-with the save and its writing, are compared with the next 12.
+Runs of the demo's config on the embedded corpus save every 25 updates. Of each
+25 the first 12, with the save and its writing, are compared with the next 12.
 """
 
-import statistics
 import sys
-import tempfile
 from pathlib import Path
 
-if __name__ == "__main__":  # instead of this folder, whose train.py is another
+if __name__ == "__main__":  # the repository, not this folder, whose train.py is another
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from run import interrupt
+
+    interrupt.take(interrupt.end)
+
+import statistics
+import tempfile
 
 from bench.commands import run
 from bench.settings import check
-from configurator import configure
+from configurator import configure, settings_of
 from run import script
 from run.records import read_records
+from run.settings import at_least
 
 updates = 600  # of a run, at least 100
 repeats = 3  # runs
@@ -35,8 +40,7 @@ def costs_of(ends: list[float]) -> list[float]:
 
 def main() -> None:
     check(repeats=repeats)
-    if updates < 100:
-        raise ValueError(f"updates must be at least 100, not {updates}")
+    at_least(settings_of(globals()), updates=100)
     costs: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder, "data"), Path(folder, "out")

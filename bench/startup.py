@@ -1,19 +1,24 @@
 """How long a command takes to begin: python bench/startup.py
 
-Seconds from starting train.py to its first step and sample.py to its first token, the first time
-and with a compiler's cache. The model is the demo's, its data the embedded corpus.
+Seconds from starting train.py to its first step and sample.py to its first
+token, the first time and with a compiler's cache. The model is the demo's, its
+data the embedded corpus.
 """
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the repository, not this folder, whose train.py is another
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from run import interrupt
+
+    interrupt.take(interrupt.end)
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
-
-if __name__ == "__main__":  # instead of this folder, whose train.py is another
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from bench.commands import run, started
 from bench.picture import draw_bars
@@ -62,7 +67,7 @@ def seconds_until(command: list[str], sign: str, cache: Path) -> float:
 
 
 def main() -> None:
-    check(repeats=repeats)
+    check(png=png, repeats=repeats)
     bars = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

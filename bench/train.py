@@ -1,17 +1,22 @@
-"""Training speed and memory: python bench/train.py --mode=both --peer=PATH/model.py
+"""Training speed and memory: python bench/train.py --mode=both
+--peer=PATH/model.py
 
-This model's training steps stand against those of transformers' Llama of the same shape and of
-other model.py files, on random tokens: tokens/s, the share of the speed of a large matrix product,
-peak memory of tensors.
+This model's training steps stand against those of transformers' Llama of the
+same shape and of other model.py files, on random tokens: tokens/s, the share of
+the speed of a large matrix product, peak memory of tensors.
 """
 
-import contextlib
 import sys
-import time
 from pathlib import Path
 
-if __name__ == "__main__":  # instead of this folder, whose train.py is another
+if __name__ == "__main__":  # the repository, not this folder, whose train.py is another
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from run import interrupt
+
+    interrupt.take(interrupt.end)
+
+import contextlib
+import time
 
 import torch
 
@@ -87,7 +92,7 @@ def print_table(
 
 def main() -> None:
     shape = Shape(layers, hidden, batch, context)
-    check(mode, dtype, repeats=repeats, **shape._asdict())
+    check(mode, dtype, png, repeats=repeats, **shape._asdict())
     names = ["ours", "transformers", *peers(peer)]
     kinds = [Kind(name, compiled, shape, dtype) for compiled in MODES[mode] for name in names]
     seconds: dict[Kind, list[float]] = {kind: [] for kind in kinds}

@@ -1,14 +1,26 @@
-"""Text to token files: python data/prepare.py [--source=...] makes data/<dataset>/train.bin.
+"""Text to token files: python data/prepare.py makes data/<dataset>/train.bin.
 
-With no arguments the source is OpenWebText from the Hugging Face Hub, with GPT-2's tokens.
---source=stdlib is the prose inside every Python installation: 2 MB of English, no download.
---source=PATH is your own text: a file, a folder or a pattern of .txt, .jsonl, .parquet and more.
---verify=True checks a folder that is there. Run the same command again after an interruption.
+With no arguments the source is OpenWebText from the Hugging Face Hub, with
+GPT-2's tokens. --source=stdlib is the prose inside every Python installation:
+2 MB of English, no download. --source=PATH is your own text: a file, a folder
+or a pattern of .txt, .jsonl, .parquet and more. --verify=True checks a folder
+that is there. Run the same command again after an interruption.
 
-Workers turn each part of the source into a file of tokens in data/<dataset>/parts. When all are
-there, they are moved into train.bin piece by piece, so that the disk holds little more than the
-tokens once, and neither an interruption nor the number of workers changes a byte.
+Workers turn each part of the source into a file of tokens in
+data/<dataset>/parts. When all are there, they are moved into train.bin piece by
+piece, so that the disk holds little more than the tokens once, and neither an
+interruption nor the number of workers changes a byte.
 """
+
+import sys
+from pathlib import Path
+
+if __name__ in ("__main__", "__mp_main__"):  # the second in its workers
+    if __name__ == "__main__":
+        sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository; it was data/
+    from run import interrupt
+
+    interrupt.take(interrupt.end)
 
 import contextlib
 import glob
@@ -21,18 +33,13 @@ import random
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository; it was data/
-
-from configurator import configure, refuse
+from configurator import configure, refuse, settings_of
 from data import sources
 from data.assembly import assemble, publish
 from data.parts import FULL, Reading, Source, kind
@@ -44,6 +51,7 @@ from data.workers import BATCH, MARK, Job, check_disk, cores, encode_parts, enou
 from formats import hub
 from run import script
 from run.folder import Held, Lock
+from run.settings import at_least
 from text import encoding as encodings
 from text import stated
 from text.files import path_of, write
@@ -432,6 +440,7 @@ def dataset_name() -> str:
 
 @with_a_way_on()
 def main() -> None:
+    at_least(settings_of(globals()), num_proc=0, seed=0)
     out = dataset_folder(dataset or dataset_name())
     if verify:
         refuse("with --verify=True", *OF_FILES, *OF_HUB, *OF_MAKING)
@@ -442,8 +451,6 @@ def main() -> None:
             raise ValueError("--merge=True takes all shares: leave --shards out")
     if val_split:
         refuse("beside --val_split", "val_fraction", "seed")
-    if num_proc < 0:
-        raise ValueError(f"num_proc must be at least 0, not {num_proc}")
     if overwrite and "/" in shards:
         raise ValueError(
             f"--overwrite=True would delete what other shares have made; delete {out} by hand, once"

@@ -15,11 +15,6 @@ def checkpoints(out_dir: Path) -> list[Path]:
     return [path for _, path in steps_saved(out_dir)] + [path for path in best if path.exists()]
 
 
-def holds_run(out_dir: Path) -> bool:
-    """Whether a folder has a checkpoint, by whatever name."""
-    return any(any(out_dir.glob(f"*{suffix}")) for suffix in KINDS)
-
-
 def remove(path: Path) -> None:
     """Delete a checkpoint, if it is there."""
     if path.is_dir():

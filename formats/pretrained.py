@@ -54,7 +54,7 @@ def read(
 def read_folder(path: Path, whole: bool) -> tuple[Path, dict[str, Any], list[str]]:
     """What `read` returns of a folder: of a run, or with one .pt file. Raises as it does."""
     if (path / "config.json").is_file() and list(path.glob("*.safetensors")):
-        also = ", or the path of one of its .pt files" if listing.holds_run(path) else ""
+        also = ", or the path of one of its .pt files" if any(path.glob("*.pt")) else ""
         raise ValueError(f"{path} holds a model of Hugging Face's: write hf:{path}{also}")
     if checkpoint.of_run(path):
         return checkpoint.load_newest(path, whole)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 MIN_CACHE = 128  # positions
+SMALL, LARGE = 1e-30, 1e30  # settings beyond act like these: in float32 they would be 0 or infinite
 
 
 class Model(Protocol):
@@ -146,6 +147,7 @@ def check_sampling(
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make tokens already in the text less likely (arXiv 1909.05858). (B, V), seen (B, V) bool."""
+    penalty = min(max(penalty, SMALL), LARGE)
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -160,7 +162,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(descending=True)
     probs = ordered.softmax(-1)
     before = probs.cumsum(-1) - probs  # mass of the likelier tokens: 0 for the first, always kept
-    return logits.masked_fill((before >= p).scatter(-1, order, before >= p), -math.inf)
+    drop = before >= max(p, SMALL)
+    return logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
@@ -186,10 +189,10 @@ def next_token(
     logits = logits.float()
     if repetition_penalty != 1 and seen is not None:
         logits = penalize(logits, seen, repetition_penalty)
-    if temperature == 0:
+    if temperature < SMALL:
         return logits.argmax(-1)
     # the largest first becomes 0: a tiny temperature then gives -inf beside it, never inf - inf
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / min(temperature, LARGE)
     if top_k:
         logits = keep_top_k(logits, top_k)
     if top_p < 1:

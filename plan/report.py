@@ -10,7 +10,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ from run.log import say
 from run.machine import Machine, autocast, select_device, select_dtype, tune
 from run.microbatch import largest_divisor, windows_of_rank
 from run.optim import configure_optimizer
+from run.settings import check_folder, run_folder
 from run.start import find_start, model_as_set, source_of
 from text.batches import TrainOrder
-from text.files import path_of
 from text.tokenizer import get_tokenizer
-from text.tokens import TokenData, dataset_folder, read_meta
+from text.tokens import TokenData, read_meta
 
 GIB = 2**30
 # Memory that is not in the graph, assumed and not measured. On a GPU: CUDA's context and kernels
@@ -225,16 +225,18 @@ def scaling_lines(
     windows: int,
     step_flops: float,
     card: cards.Card,
+    share: float,
     world_size: int,
 ) -> Iterator[str]:
-    """A table of 1 to world_size cards under data parallelism.
+    """A table of 1 to world_size cards, at a share of their peak, under data parallelism.
 
     FSDP moves as many bytes as DDP: weights in 16 bits twice, gradients in float32 once.
     """
     gradients = memory.states(training.config)[memory.GRADIENTS]
+    most = card.peak(training.dtype)
     yield (
-        f"scaling  computed, not measured; {card.name}, each at {card.mfu:.0%} of "
-        f"{card.peak / 1e12:g} TFLOP/s:"
+        f"scaling  computed, not measured; {card.name}, each at {share:.0%} of "
+        f"{most / 1e12:g} TFLOP/s:"
     )
     yield (
         "  cards  batch_size x micro-steps  DDP GiB  FSDP GiB  compute s   comm. s    tokens/s"
@@ -248,7 +250,7 @@ def scaling_lines(
         rounded = rounded or mark == "*"
         ddp = peak(training, micro, each) + (gradients if count > 1 else 0)  # DDP's buckets
         fsdp = fsdp_peak(training, micro, each, count)
-        compute = each * step_flops / windows / (card.mfu * card.peak)
+        compute = each * step_flops / windows / (share * most)
         comm = ring_seconds(gradients, count, card)
         tokens = each * count * training.config.max_position_embeddings / (compute + comm)
         yield (
@@ -303,11 +305,13 @@ def plan(
     batch: int,
     tokens_per_step: int,
     steps: int,
+    done: int,
     world_size: int,
 ) -> Iterator[str]:
     """Lines on memory, cards, time and scaling; card is planned for instead of device.
 
-    Raises ValueError at the end, with the smallest change that fits, when the run does not fit.
+    steps: updates of the whole run, of which `done` are over. Raises ValueError at the end, with
+    the smallest change that fits, when the run does not fit.
     """
     if world_size > 1 and not card:
         raise ValueError(f"world_size={world_size} needs a card to plan for, as --device=RTX3090")
@@ -316,6 +320,8 @@ def plan(
     micro_steps = windows // batch
     with torch.device("meta"):
         flops = flops_per_token(GPT(training.config)) * tokens_per_step
+    if done:
+        yield f"resumed  at {done:,} updates; {steps - done:,} are left"
     yield (
         f"run      {steps:,} updates of {tokens_per_step:,} tokens ({batch} x {context} x "
         f"{micro_steps} micro-steps), {steps * tokens_per_step / 1e9:.3g} B tokens, "
@@ -328,29 +334,31 @@ def plan(
     change = smallest_change(training, batch, windows, room) if room is not None else ""
 
     short = training.device_type != "cpu" or 5 * flops / micro_steps / CPU_FLOPS < TIMING_S
+    share, most = 0.0, 0.0
     if card:
-        step_s = flops / (card.mfu * card.peak)
-        source = (
-            "as the reference run is reported" if card.name in cards.REFERENCE_MFU else "a guess"
-        )
-        how = f"computed from {card.mfu:.0%} of {card.peak / 1e12:g}, {source}; nothing timed"
+        most = card.peak(training.dtype)
+        width, at_once = training.config.hidden_size, batch * context
+        share, source = cards.assumed_share(card, training.dtype, width, at_once)
+        step_s = flops / (share * most)
+        how = f"computed from {share:.0%} of {most / 1e12:g}, {source}; nothing timed"
     elif short and not change:
         step_s = timed_step(training, device, batch, micro_steps)
         how = "measured on a few micro-steps and an update"
     else:
         step_s = flops / CPU_FLOPS
         how = f"computed from a guess; not timed: {'does not fit' if change else 'takes too long'}"
-    yield from time_lines(step_s, tokens_per_step, flops, steps, how)
+    yield from time_lines(step_s, tokens_per_step, flops, steps - done, how)
     if world_size > 1 and card:
-        yield from scaling_lines(training, batch, windows, flops, card, world_size)
+        yield from scaling_lines(training, batch, windows, flops, card, share, world_size)
     if change:
         raise ValueError(f"the run does not fit in memory; the smallest change that fits: {change}")
 
 
-def report(settings: Mapping[str, Any]) -> None:
+def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
     """Print what the run of a training script's settings would take, and write nothing.
 
-    Raises ValueError with the smallest change that fits when it does not fit.
+    typed: the settings that were flags. Raises ValueError with the smallest change that fits when
+    it does not fit.
     """
     s = settings
     card = cards.find_card(s["device"])
@@ -359,13 +367,13 @@ def report(settings: Mapping[str, Any]) -> None:
         machine = Machine(device, card.half, "the card computes in it")
     else:
         machine = Machine(device, *select_dtype(s["dtype"], device))
-    data, out = dataset_folder(s["dataset"]), path_of(s["out_dir"])
+    data, out = check_folder(s["dataset"]), run_folder(s["out_dir"])
     meta, _ = read_meta(data), read_curve(s["reference"])
     as_set, source = model_as_set(s, meta), source_of(s["init_from"], out)
     start = find_start(source, out, as_set, s["batch_size"], whole=False)
     if start.saved:
         now = {"config": s, "data": meta["splits"], "dtype": str(machine.dtype)}
-        start.check(as_set, get_tokenizer(meta["tokenizer"], data), now)
+        start.check(as_set, get_tokenizer(meta["tokenizer"], data), now, typed)
     config, context = start.config, start.config.max_position_embeddings
     windows = windows_of_rank(s["tokens_per_step"], context, 1)
     batch = largest_divisor(windows, start.state.micro_batch or s["batch_size"])
@@ -391,7 +399,7 @@ def report(settings: Mapping[str, Any]) -> None:
         say(f"WARNING  planned for the {device.type}: {problem}")
     there, disk = existing(out), disk_needed(s, num_parameters(empty))
     say(disk_line(there, **disk))
-    sizes = batch, s["tokens_per_step"], s["max_iters"], s["world_size"]
+    sizes = batch, s["tokens_per_step"], s["max_iters"], start.state.iter_num, s["world_size"]
     for line in plan(training, device, card, *sizes):
         say(line)
     check_disk(there, **disk)

@@ -1,13 +1,16 @@
 """The cards that are known: speed, memory, links. A new card is a line of CARDS."""
 
+import difflib
 import re
 from dataclasses import dataclass
 
 import torch
 
-# Share of its peak that a card reaches in training. One is reported: 22.7k tokens/s of the
+# Share of its 16-bit peak that a card reaches in training. One is reported: 22.7k tokens/s of the
 # reference run on an RTX 3090, 2.12 GFLOP each, are 0.68 of 71 TFLOP/s. The other is a guess.
 REFERENCE_MFU, ASSUMED_MFU = {"RTX 3090": 0.68}, 0.5
+# Narrower models, and fewer tokens at once, keep no card busy: nobody has reported how far.
+LEAST_WIDTH, LEAST_TOKENS = 768, 4096
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,13 @@ class Card:
     network: float = 12.5e9  # between machines
     half: torch.dtype = torch.bfloat16
 
-    @property
-    def peak(self) -> float:
-        """Dense 16-bit FLOP/s."""
-        return self.tflops * 1e12
+    def peak(self, dtype: torch.dtype) -> float:
+        """Dense FLOP/s in a type. float32 is TF32, at half the 16-bit rate, where the card has it.
 
-    @property
-    def mfu(self) -> float:
-        """The share of the peak that training is assumed to reach."""
-        return REFERENCE_MFU.get(self.name, ASSUMED_MFU)
+        That is where it has bfloat16, too; older ones have an eighth in float32 itself.
+        """
+        slower = 1 if dtype != torch.float32 else 2 if self.half == torch.bfloat16 else 8
+        return self.tflops * 1e12 / slower
 
 
 CARDS = (  # a laptop's card of the same number is slower, and has another name
@@ -90,12 +91,12 @@ def short_name(card: str) -> str:
     return " ".join(name.replace("-PCIE", " PCIe").split())
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """The card's dense 16-bit FLOP/s, None for a card that is not in the table and for a CPU."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The card's dense FLOP/s in a type, None for a card that is not in the table and for a CPU."""
     if device.type != "cuda":
         return None
     name = short_name(torch.cuda.get_device_name(device))
-    return next((c.peak for c in CARDS if short_name(c.name) == name), None)
+    return next((c.peak(dtype) for c in CARDS if short_name(c.name) == name), None)
 
 
 def find_card(name: str) -> Card | None:
@@ -114,6 +115,21 @@ def find_card(name: str) -> Card | None:
     found = [c for c in CARDS if plain(c.name) == wanted]
     found += [c for c in CARDS if plain(short_name(c.name)) == wanted]
     if not found:
-        known = ", ".join(c.name.replace(" ", "") for c in CARDS)
-        raise ValueError(f"device={name!r} is no device and no card that is known: {known}")
+        known = [c.name.replace(" ", "") for c in CARDS]
+        near = difflib.get_close_matches(name.upper(), known, n=5, cutoff=0.5) or known
+        raise ValueError(
+            f"device={name!r} is no device and no card of run/cards.py; near: {', '.join(near)}"
+        )
     return found[0]
+
+
+def assumed_share(card: Card, dtype: torch.dtype, width: int, tokens: int) -> tuple[float, str]:
+    """The share of its peak that training is assumed to reach on a card, and whose word that is.
+
+    width: of the model; tokens: in a micro-step.
+    """
+    if width < LEAST_WIDTH or tokens < LEAST_TOKENS:
+        return ASSUMED_MFU, "a guess, and more than so small a model reaches"
+    if dtype != torch.float32 and card.name in REFERENCE_MFU:
+        return REFERENCE_MFU[card.name], "as the reference run is reported"
+    return ASSUMED_MFU, "a guess"

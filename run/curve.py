@@ -1,12 +1,13 @@
 """A curve of validation losses to compare a run with, such as the original run's."""
 
 import bisect
+import contextlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from run.records import read_records
-from text.files import path_of
+from text.files import path_of, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOSE = 2.0  # times as many tokens: points no further apart are interpolated between
@@ -48,9 +49,25 @@ def read_curve(name: str) -> Curve | None:
         path = ROOT / name
     if not path.is_file():
         raise FileNotFoundError(f"there is no curve {name}; write --reference=PATH of a .jsonl")
-    lines = [r for r in read_records(path) if isinstance(r, dict)]
-    found = {r["tokens"]: r["val_loss"] for r in lines if {"tokens", "val_loss"} <= r.keys()}
+    found: dict[int, float] = {}
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        record: object = None
+        with contextlib.suppress(ValueError, RecursionError):  # one that a crash cut short
+            record = json.loads(line)
+        if isinstance(record, dict) and {"tokens", "val_loss"} <= record.keys():
+            tokens, loss = record["tokens"], record["val_loss"]
+            if type(tokens) is not int or not 0 <= tokens < 2**63 or not is_loss(loss):
+                raise ValueError(
+                    f"{path} line {number}: no curve goes through tokens {str(tokens)[:30]}, "
+                    f"val_loss {str(loss)[:30]}; take that line out"
+                )
+            found[tokens] = float(loss)
     if not found:
         raise ValueError(f"{path} has no lines with tokens and val_loss, as metrics.jsonl has them")
     points = sorted(found.items())
-    return Curve([int(t) for t, _ in points], [float(v) for _, v in points])
+    return Curve([t for t, _ in points], [v for _, v in points])
+
+
+def is_loss(value: object) -> bool:
+    """Whether a value is a finite number of at least 0."""
+    return type(value) in (int, float) and 0 <= value < 1e30  # type: ignore[operator]

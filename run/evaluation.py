@@ -29,6 +29,17 @@ class Evaluation:
     device: torch.device
     team: Team
 
+    @property
+    def count(self) -> int:
+        """How many there are to read: a small validation split has fewer than are asked for."""
+        return min(self.windows, (self.data.tokens - 1) // self.data.context)
+
+    def line(self, eval_iters: int) -> str:
+        """How many are read, for people, and why so many."""
+        asked = "eval_iters x batch_size" if eval_iters else f"not {self.windows}"
+        why = asked if self.count == self.windows else f"all that there are, {asked}"
+        return f"{self.count:,} windows in an evaluation: {why}"
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets (B, T) int64, `size` windows at a time."""
         t = self.team

@@ -126,7 +126,7 @@ def claim(out: Path, source: str, overwrite: bool) -> str:
             f"a new run from {source} would replace it: choose another --out_dir, or "
             "--init_from=resume to go on with that run"
         )
-    if source != "resume" and not overwrite and listing.holds_run(out):
+    if source != "resume" and not overwrite and listing.checkpoints(out):
         raise ValueError(
             f"{out} holds a run already; go on with it (--init_from=resume), choose another "
             "--out_dir, or replace it (--overwrite=True)"

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import unicodedata
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,9 +25,13 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
 
 
-def printable(text: str) -> str:
-    """A text in a line; what would ring a bell or move the cursor is a dot."""
-    return "".join(c if c.isprintable() else "·" for c in " ".join(text.split()))
+def printable(text: str, keep: str = "") -> str:
+    """A text for a terminal: control characters, but those in `keep`, are dots.
+
+    They would ring a bell, move the cursor, or have the terminal do what a text says.
+    """
+    control = {c for c in text if unicodedata.category(c) in ("Cc", "Cs")}
+    return "".join("·" if c in control and c not in keep else c for c in text)
 
 
 class Log:
@@ -123,7 +128,7 @@ class Log:
         line += " | best" if best else ""
         if text:
             record["sample"] = text
-            line += f"\nstep {step:>6} | sample: {printable(text)}"
+            line += f"\nstep {step:>6} | sample: {printable(' '.join(text.split()))}"
         self.put(record, line)
 
     def close(self) -> None:

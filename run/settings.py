@@ -1,10 +1,21 @@
-"""Whether a training run's settings make sense, all problems at once."""
+"""Whether settings make sense, above all those of a training run: all problems at once."""
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from formats.listing import KINDS
+from text.files import path_of
+from text.tokens import dataset_folder
+
 LEAST = {  # setting -> smallest value
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 1),
+    "max_position_embeddings": 1,
+    "vocab_size": 0,
+    "seed": 0,
     "tokens_per_step": 1,
     "batch_size": 1,
     "max_iters": 0,
@@ -37,11 +48,7 @@ DECIDE = (
 def check(settings: Mapping[str, Any]) -> None:
     """Raises ValueError that lists every setting out of range and every pair that does not fit."""
     s = settings
-    problems = [
-        f"{name} must be at least {low}, not {s[name]}"
-        for name, low in LEAST.items()
-        if not s[name] >= low
-    ]
+    problems = too_small(s, LEAST)
     for name in ("beta1", "beta2"):
         if not 0 <= s[name] < 1:
             problems.append(f"{name} must be at least 0 and below 1, not {s[name]}")
@@ -57,12 +64,84 @@ def check(settings: Mapping[str, Any]) -> None:
         problems.append("sharded_checkpoints needs parallel fsdp or hsdp")
     if not s["checkpoint_minutes"] > 0:
         problems.append(f"checkpoint_minutes must be positive, not {s['checkpoint_minutes']}")
-    if not 0 <= s["seed"] < 2**63:
-        problems.append(f"seed must be at least 0 and below 2**63, not {s['seed']}")
-    if not s["out_dir"]:
-        problems.append("out_dir is empty")
+    problems += [f"{name} is empty" for name in ("out_dir", "init_from", "dataset") if not s[name]]
     if problems:
         raise ValueError("settings: " + "; ".join(problems))
+
+
+def check_folder(dataset: str) -> Path:
+    """The folder of a dataset, there or not. Raises ValueError for a file."""
+    folder = dataset_folder(dataset)
+    if folder.is_file():
+        raise ValueError(
+            f"dataset={dataset} is a file; its folder is --dataset={folder.parent}{os.sep}"
+        )
+    return folder
+
+
+def too_small(settings: Mapping[str, Any], least: Mapping[str, float]) -> list[str]:
+    """A line for each setting that is below its least value."""
+    return [
+        f"{name} must be at least {low}, not {settings[name]}"
+        for name, low in least.items()
+        if not settings[name] >= low
+    ]
+
+
+def at_least(settings: Mapping[str, Any], **least: float) -> None:
+    """Raises ValueError that names each setting below its least value."""
+    if problems := too_small(settings, least):
+        raise ValueError("; ".join(problems))
+
+
+def idle(settings: Mapping[str, Any], in_team: bool) -> Iterator[tuple[str, list[str]]]:
+    """The settings that change nothing in a run of these, for configurator.refuse, and why.
+
+    A plan takes the command line of the run that it is for, wherever that is to run.
+    """
+    s, runs = settings, not settings["dry_run"]
+    if not s["decay_lr"]:
+        names = ["min_lr", "warmup_iters", "lr_decay_iters"]
+        yield "with decay_lr=False, which keeps the peak", names
+    if s["eval_iters"]:
+        yield f"with eval_iters={s['eval_iters']}, which counts in batches", ["eval_windows"]
+    if not s["wandb_log"]:
+        yield "without --wandb_log=True", ["wandb_project", "wandb_run_name"]
+    if s["overwrite"] and s["init_from"] in ("resume", "auto"):
+        yield f"with init_from={s['init_from']}, which goes on with a run", ["overwrite"]
+    if runs:
+        yield "without --dry_run=True", ["world_size"]
+    if runs and not in_team and s["parallel"] != "ddp":
+        yield "in one process; start it by torchrun", ["parallel", "sharded_checkpoints"]
+
+
+def check_model(init_from: str, out_dir: str) -> None:
+    """Raises ValueError where no trained model is named, or out_dir is not a run's folder."""
+    if init_from in ("", "scratch", "auto"):
+        raise ValueError(
+            f"init_from={init_from!r} is no trained model; write resume, the PATH of a .pt, "
+            "hf:FOLDER or hf:USER/NAME"
+        )
+    if init_from == "resume":
+        run_folder(out_dir)
+
+
+def run_folder(out_dir: str) -> Path:
+    """The folder of a run, there or not. Raises ValueError for what cannot be one."""
+    path = path_of(out_dir)
+    if path.suffix in KINDS and path.exists():
+        raise ValueError(
+            f"out_dir={out_dir} is a checkpoint, not the folder of a run; write "
+            f"--out_dir={path.parent}, or --init_from={path} for this one"
+        )
+    check_way(f"out_dir={out_dir}", path)
+    return path
+
+
+def check_way(what: str, folder: Path) -> None:
+    """Raises ValueError when there can be no such folder, since the path leads to a file."""
+    if files := [p for p in (folder, *folder.parents) if p.is_file()]:
+        raise ValueError(f"{what}: {files[0]} is a file, not a folder; choose another")
 
 
 def eval_windows(settings: Mapping[str, Any]) -> int:

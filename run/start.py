@@ -4,7 +4,7 @@ The plan asks the same function.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,36 @@ class Start:
     scaler: dict[str, Any] | None = None
     parts: dict[str, Any] | None = None  # of a checkpoint that each rank reads its part of
 
-    def check(self, as_set: GPTConfig, tok: Tokenizer, now: Mapping[str, Any]) -> Tokenizer:
+    def check(
+        self, as_set: GPTConfig, tok: Tokenizer, now: Mapping[str, Any], typed: Container[str]
+    ) -> Tokenizer:
         """Whether the settings fit the checkpoint; warns when a resumed run is not the same.
 
         tok: the dataset's; returns it with what the checkpoint's model states of its ids. now: as
-        in settings.changed. Raises ValueError.
+        in settings.changed; typed: the settings that were flags. Raises ValueError.
         """
+        context, prompt = self.config.max_position_embeddings, now["config"]["sample_prompt"]
+        if (tokens := len(tok.encode(prompt))) > context:
+            say(f"WARNING  sample_prompt has {tokens} tokens: only the last {context} are read")
         if not self.saved:
             return tok
         tok = check_same_tokenizer(self.saved, tok, self.path)
-        if not self.resumed:
-            return tok
         if self.origin == "scratch":
             theirs = rebuild.model_config(self.saved, self.path)
             rebuild.check_same_model(theirs, as_set, self.path)
+        elif names := other_sizes(self.config, as_set, typed):
+            sizes = ", ".join(f"{name} {getattr(self.config, name)}" for name in names)
+            flags = " ".join(f"--{name}" for name in names)
+            raise ValueError(f"{self.path} has {sizes}, which stays; leave out {flags}")
+        if not self.resumed:
+            return tok
+        if self.state.iter_num > now["config"]["max_iters"]:
+            raise ValueError(
+                f"{self.path} has {self.state.iter_num} updates already, more than "
+                f"max_iters={now['config']['max_iters']}; write a larger --max_iters to go on"
+            )
+        if self.path.suffix != listing.PARTS:  # which sharded.py checks
+            check_moments(self.saved.get("optimizer"), self.state.iter_num, self.path)
         if different := changed(self.saved, now):
             say(f"WARNING  not the same run as before: {', '.join(different)}")
         return tok
@@ -104,7 +120,7 @@ def source_of(init_from: str, out: Path) -> str:
     """What init_from comes to: auto is resume where there is a run, else scratch."""
     if init_from != "auto":
         return init_from
-    return "resume" if listing.holds_run(out) else "scratch"
+    return "resume" if listing.checkpoints(out) else "scratch"
 
 
 def find_start(
@@ -123,7 +139,10 @@ def find_start(
     kept = saved.get("train_state")
     config = replace(rebuild.model_config(saved, path), dropout=as_set.dropout)
     if source == "resume" and not isinstance(kept, dict):
-        raise ValueError(f"{path} cannot be resumed, only started from: --init_from={path}")
+        raise ValueError(
+            f"{path} is of no run that can be resumed; start a new one from it: --init_from={path} "
+            "and another --out_dir"
+        )
     if source != "resume":
         context = min(config.max_position_embeddings, as_set.max_position_embeddings)
         config = replace(config, max_position_embeddings=context)
@@ -141,6 +160,29 @@ def model_as_set(settings: Mapping[str, Any], meta: Mapping[str, Any]) -> GPTCon
     given = {f.name: settings[f.name] for f in fields(GPTConfig)}
     vocabulary = settings["vocab_size"] or -(-int(meta["vocab_size"]) // 64) * 64
     return GPTConfig(**given | {"vocab_size": vocabulary})
+
+
+def other_sizes(theirs: GPTConfig, as_set: GPTConfig, typed: Container[str]) -> list[str]:
+    """The sizes that were typed and are not those of a model that is there, which keeps its own."""
+    names = [f.name for f in fields(GPTConfig) if f.name in typed]
+    return [name for name in names if getattr(theirs, name) != getattr(as_set, name)]
+
+
+def check_moments(optimizer: Any, updates: int, path: Path) -> None:
+    """Raises ValueError when an optimizer's state in a checkpoint is not AdamW's."""
+    try:
+        kept, groups = optimizer["state"], optimizer["param_groups"]
+        count = sum(len(group["params"]) for group in groups)
+        adamw = len(kept) == (count if updates else 0) and all(
+            {"step", "exp_avg", "exp_avg_sq"} == set(m) for m in kept.values()
+        )
+    except (KeyError, TypeError, AttributeError):
+        adamw = False
+    if not adamw:
+        raise ValueError(
+            f"{path} has the state of another optimizer than AdamW, so it cannot be resumed; start "
+            f"a new run from it: --init_from={path} and another --out_dir"
+        )
 
 
 def check_same_tokenizer(saved: Mapping[str, Any], tok: Tokenizer, path: Path) -> Tokenizer:

@@ -4,6 +4,7 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 
@@ -84,7 +85,7 @@ def watch(seconds: float) -> None:
     hangs in a read from a dead network drive, where no signal handler and no thread can run.
     """
     stderr = sys.__stderr__
-    if seconds and stderr is not None:
+    if 0 < seconds < threading.TIMEOUT_MAX and stderr is not None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=stderr)
     else:
         faulthandler.cancel_dump_traceback_later()

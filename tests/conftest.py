@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import tiktoken
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from run.stop import Stop  # noqa: E402
 from text.tokenizer import GPT2_CACHE_NAMES  # noqa: E402
 
 hypothesis.settings.register_profile("patient", deadline=None, max_examples=50)  # machines differ
@@ -39,11 +41,16 @@ def script(monkeypatch, capsys):
     def run(name, *args):
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
         capsys.readouterr()
+        numbers = [getattr(signal, n) for n in (*Stop.NAMES, "SIGTSTP") if hasattr(signal, n)]
+        before = {number: signal.getsignal(number) for number in numbers}
         try:
             runpy.run_path(str(ROOT / name), run_name="__main__")
             code = 0
         except SystemExit as e:
             code = e.code or 0
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         return Result(code, *capsys.readouterr())
 
     return run
@@ -121,7 +128,17 @@ TINY = [
 ]
 
 
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory):
+    """A config file of them: what it says of a model's sizes gives way to a model that is there."""
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    pairs = [flag[2:].partition("=") for flag in TINY]
+    lines = [f"{k} = {v if v[0].isdigit() else repr(v)}\n" for k, _, v in pairs]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
-def tiny(dataset, tmp_path):
-    """Flags of a run that takes a moment; out_dir is tmp_path/out."""
-    return [f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY]
+def tiny(dataset, tmp_path, tiny_config):
+    """The arguments of a run that takes a moment; out_dir is tmp_path/out."""
+    return [f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", str(tiny_config)]

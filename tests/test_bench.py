@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import commands
+from bench import commands, settings
 from bench.models import Shape
+from bench.picture import draw_bars
 from bench.trainers import Kind, peak_memory, running
 from plan import memory
 
@@ -56,6 +57,12 @@ class GPT(torch.nn.Module):
         ("train", "--dtype=float16", "float32 or bfloat16"),
         ("decode", "--cases=1by64", "cases"),
         ("load", "--repeats=0", "at least 1"),
+        ("load", "--png=nowhere/a.png", "in a folder that is there"),
+        ("growth", "--png=a.jpeg", "png must be a name.png"),
+        ("train", "--hidden=65", "multiple of 64"),
+        ("decode", "--peer=nowhere/model.py", "there is no file"),
+        ("prepare", "--text=nowhere.jsonl", "there is no file"),
+        ("decode", "--new_tokens=1", "new_tokens must be at least 2, not 1"),
         ("save", "--updates=9", "at least 100"),
     ],
 )
@@ -104,7 +111,7 @@ def test_ctrl_c_keeps_what_has_been_measured(heeded, tmp_path):
         seen = next((line for line in process.stdout if line.startswith("2/")), "nothing")
         process.send_signal(signal.SIGINT)
         table, err = process.stdout.read(), process.stderr.read()
-    assert process.returncode == 130 and err == "\nload.py: interrupted\n"
+    assert process.returncode == 130 and err == "load.py: interrupted\n"
     assert re.fullmatch(r"2/10000  \d+, \d+, \d+, \d+ microseconds\n", seen)
     assert len(re.findall(r"^\| [^|]+ \| \d+ \| [\d.]+ \|$", table, re.M)) == 4
     assert not [*tmp_path.iterdir()], "what was written is gone"
@@ -170,3 +177,13 @@ def test_all_ways_to_make_text_stand_in_the_table(script):
     assert "ours, eager: 5 of 5 tokens as transformers's" in result.out, "the same greedy text"
     for way in ("transformers", "ours, eager", "ours, int8, eager"):
         assert result.out.count(f"\n| {way} |") == 2
+
+
+def test_paths_from_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "model.py").touch()
+    assert settings.peers("~/model.py, ") == [str((tmp_path / "model.py").resolve())]
+    settings.check(png="~/a.png")
+    draw_bars("~/a.png", "t", [("a", 1.0)])
+    assert (tmp_path / "a.png").exists()

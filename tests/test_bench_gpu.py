@@ -180,3 +180,21 @@ def test_planned_and_measured_memory_stand_side_by_side():
     assert lines[3] == "| decoding | 1 | 1.000 | 1.100 | 1.100 | 1.000 | 0.000 |"
     assert "at most 1.00 GiB" in lines[-1] and len(lines) == 5
     assert list(gpu_report.memory_table({2: {"name": "r", "figures": {"planned": 1}}})) == []
+
+
+ROW = {"step": 2, "name": "a", "card": "x", "tiny": True, "torch": "2", "seconds": 1.5}
+ROW |= {"passed": None, "missed": "", "facts": [], "checks": {}, "figures": {}}
+
+
+@pytest.mark.parametrize("key", sorted(ROW))
+def test_a_row_of_a_report_that_lacks_something_is_told(tmp_path, key):
+    path = tmp_path / "r.json"
+    bad = {k: v for k, v in ROW.items() if k != key}
+    for row in ({**bad, key: {1: 2}} if key not in ("checks", "figures") else bad, bad):
+        if key == "passed" and row is bad:
+            continue  # null says that a step was skipped
+        path.write_text(json.dumps([ROW, row]), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"result 2 has no {key}.*choose another --report"):
+            gpu_report.read_report(path)
+    path.write_text(json.dumps([ROW]), encoding="utf-8")
+    assert gpu_report.read_report(path) == [ROW]

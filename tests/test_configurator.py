@@ -2,7 +2,7 @@
 
 import pytest
 
-from configurator import ConfigError, configure, overrides, refuse, settings_of
+from configurator import ConfigError, configure, overrides, refuse, settings_of, typed, without
 
 DEFAULTS = {
     "batch_size": 12,
@@ -49,6 +49,9 @@ def test_flags(args, expected):
         (["--batch_size=1.5"], ["batch_size", "an int", "1.5", "12"]),
         (["--batch_size=many"], ["batch_size", "many"]),
         (["--batch_size=1e400"], ["batch_size", "1e400"]),
+        (["--batch_size=9223372036854775808"], ["batch_size", "64-bit"]),
+        (["--batch_size=1e19"], ["batch_size", "64-bit"]),
+        (["--batch_size=" + "9" * 5000], ["batch_size", "an int"]),
         (["--batch_size"], ["batch_size", "--batch_size=12"]),
         (["--learning_rate=nan"], ["learning_rate", "nan"]),
         (["--learning_rate=[1]"], ["learning_rate", "[1]"]),
@@ -99,6 +102,10 @@ def test_config_file_values_are_checked_as_flags_are(tmp_path):
         ("betas = (0.9, 0.95)\n", ["some.py", "betas"]),
         ("batch_size = \n", ["some.py", "SyntaxError"]),
         ("batch_size = 1 / 0\n", ["some.py", "ZeroDivisionError"]),
+        ("import sys\nsys.exit(0)\n", ["some.py", "SystemExit: 0"]),
+        ("raise SystemExit\n", ["some.py", "SystemExit"]),
+        ("raise KeyboardInterrupt\n", ["some.py", "KeyboardInterrupt"]),
+        (f"batch_size = {2**63}\n", ["some.py", "64-bit"]),
     ],
 )
 def test_mistakes_in_a_config_file(tmp_path, text, words):
@@ -155,3 +162,48 @@ def test_only_a_typed_flag_is_refused(tmp_path):
             refuse("with --task=val", "compile", name)
     configure(namespace, [])
     refuse("here", "learning_rate")
+
+
+def test_a_folder_is_no_config_file(tmp_path, monkeypatch):
+    """What is in it is named; one that ends in .py, too, and one beside the script."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("config", "mine.py"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").touch()
+        with pytest.raises(ConfigError, match=f"'{name}' is a folder; .*: {name}.a.py$"):
+            overrides([name], DEFAULTS)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="is a folder"):
+        overrides(["config"], DEFAULTS, tmp_path)
+
+
+def test_a_config_file_in_the_home_folder(tmp_path, monkeypatch):
+    """A shell does not expand what stands in quotes."""
+    write(tmp_path, "batch_size = 2\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert overrides(["~/some.py"], DEFAULTS) == {"batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--wandb_log=True"],
+        ["--wandb_log"],
+        ["--wandb-log", "yes"],
+        ["--wandb_log=0", "--wandb_log"],
+    ],
+)
+def test_a_command_line_without_a_flag(flags):
+    """However it is spelt."""
+    others = ["a.py", "--batch_size", "8", "--compile=True"]
+    assert without([*others[:1], *flags, *others[1:]], DEFAULTS, "wandb_log") == others
+    assert without([*others, *flags], DEFAULTS, "seed") == [*others, *flags]
+
+
+def test_what_was_typed_is_known():
+    configure({**DEFAULTS, "__file__": __file__}, ["--batch-size", "8", "--wandb_log"])
+    assert typed() == {"batch_size", "wandb_log"}
+    configure({**DEFAULTS, "__file__": __file__}, [])
+    assert not typed()

@@ -308,7 +308,8 @@ def test_what_is_asked_of_a_card(gpu, monkeypatch):
     device = machine.select_device("auto")
     assert machine.select_dtype("auto", device)[0] == torch.bfloat16
     assert machine.select_dtype("float16", device)[0] == torch.float16
-    assert cards.peak_flops(device) == 71e12
+    assert cards.peak_flops(device, torch.bfloat16) == 71e12
+    assert cards.peak_flops(device, torch.float32) == 35.5e12, "TF32"
     assert machine.describe(device) == "NVIDIA GeForce RTX 3090, 24 GiB"
     assert report.free_memory(device) == 23 * 2**30
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: object())
@@ -1004,7 +1005,7 @@ def test_steps_of_a_plan_are_timed_after_the_device_is_done(gpu, monkeypatch):
     monkeypatch.setattr(torch, "randint", lambda *args, device: real(*args))
     monkeypatch.setattr(report, "autocast", lambda device, dtype: contextlib.nullcontext())
     training = memory.Training(SIZE, torch.bfloat16, "cuda", False, False, True)
-    lines = list(report.plan(training, device, None, 2, 256, 10, 1))
+    lines = list(report.plan(training, device, None, 2, 256, 10, 0, 1))
     assert any("measured on a few micro-steps" in line for line in lines)
     assert waits == [device] * 4
 

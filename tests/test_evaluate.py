@@ -84,8 +84,9 @@ def evaluate(script, tmp_path):
 
     def measure(out, task, *flags):
         file = tmp_path / "results.json"
-        flags = [f"--out_dir={out}", f"--task={task}", f"--out={file}", "--device=cpu", *flags]
-        result = script("evaluate.py", *flags)
+        where = [f"--out_dir={out}"] if out else []
+        flags = [f"--task={task}", f"--out={file}", "--device=cpu", *flags]
+        result = script("evaluate.py", *where, *flags)
         assert result.code == 0, result.err
         return json.loads(file.read_text(encoding="utf-8"))
 
@@ -412,7 +413,7 @@ def test_models_from_hugging_faces_folders(run, script, evaluate, reference, tmp
     file = write_jsonl(tmp_path / "l.jsonl", lambada_items(12))
     before = evaluate(run, "lambada", f"--file={file}")
     folder, _, _ = reference(run)
-    after = evaluate("nowhere", "lambada", f"--file={file}", f"--init_from=hf:{folder}")
+    after = evaluate("", "lambada", f"--file={file}", f"--init_from=hf:{folder}")
     for a, b in zip(after["records"], before["records"], strict=True):
         assert close(a["loglikelihood"], b["loglikelihood"])
     result = script("evaluate.py", f"--init_from=hf:{folder}")
@@ -463,9 +464,13 @@ def test_bad_files_end_in_one_line(run, script, tmp_path, task, text, message):
         (["--task=mmlu"], "task must be val, text, hellaswag, lambada"),
         (["--task=text"], "--file=PATH"),
         (["--task=text", "--file=nowhere.txt"], "there is no file nowhere.txt"),
-        (["--limit=-1"], "at least 0"),
+        (["--task=lambada", "--limit=-1"], "limit must be at least 0, not -1"),
+        (["--batch_size=0"], "batch_size must be at least 1, not 0"),
         (["--task=text", "--file=README.md", "--stride=97"], "stride must be at most"),
-        (["--out=nowhere/x.json"], "in one that is not there"),
+        (["--out=nowhere/x.json"], "there is no folder nowhere; make it"),
+        (["--out=README.md/x"], "there is no folder README.md"),
+        (["--out=docs"], "write --out=docs/results.json"),
+        (["--dataset=docs/plan.md"], "docs/plan.md is a file; its folder is --dataset=docs/"),
         (["--init_from=nowhere.pt"], "no checkpoint nowhere.pt"),
         ([], "does not tell its dataset"),
         (["--dataset=nowhere/data"], "no val.bin"),
@@ -473,7 +478,8 @@ def test_bad_files_end_in_one_line(run, script, tmp_path, task, text, message):
 )
 def test_bad_settings_end_in_one_line(run, script, monkeypatch, flags, message):
     monkeypatch.chdir(ROOT)
-    result = script("evaluate.py", f"--out_dir={run}", *flags)
+    where = [] if any("init_from" in flag for flag in flags) else [f"--out_dir={run}"]
+    result = script("evaluate.py", *where, *flags)
     assert result.code == 1 and message in result.err.splitlines()[-1]
     assert "Traceback" not in result.err
 

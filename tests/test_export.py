@@ -426,7 +426,8 @@ def test_the_safetensors_file_of_a_folder_may_be_named(script, tmp_path):
 
 @pytest.mark.parametrize("name", ["sample.py", "export.py", "train.py"])
 def test_a_folder_without_the_prefix_is_told_of_it(script, good_folder, tmp_path, name):
-    result = script(name, f"--init_from={good_folder}", f"--out_dir={tmp_path / 'out'}")
+    where = [f"--out_dir={tmp_path / 'out'}"] if name == "train.py" else []
+    result = script(name, f"--init_from={good_folder}", *where)
     assert result.code == 1 and f"write hf:{good_folder}" in result.err.splitlines()[-1]
 
 
@@ -675,7 +676,7 @@ def test_fine_tuning_an_imported_model(script, export, tiny, tmp_path, dataset):
     flags = [*tiny, "config/finetune.py", f"--init_from=hf:{folder}", f"--out_dir={tuned}"]
     flags += [*tiny[:1], "--tokens_per_step=256", "--learning_rate=3e-3", "--min_lr=3e-4"]
     flags += ["--max_iters=12", "--warmup_iters=4", "--eval_interval=6", "--eval_iters=2"]
-    result = script("train.py", *flags, "--num_hidden_layers=24", "--log_interval=1")
+    result = script("train.py", *flags, "--log_interval=1")
     assert result.code == 0, result.err
     losses = val_losses(tuned)
     assert losses[0] == pytest.approx(before, abs=1e-5) and losses[-1] < losses[0] - 0.05
@@ -982,3 +983,28 @@ def test_what_no_family_has_is_refused(script, tmp_path, to):
     result = script("export.py", f"--out_dir={tmp_path / 'out'}", f"--to={to}")
     assert result.code == 1 and "qk_norm" in result.err
     assert not [p for p in (tmp_path / "out").iterdir() if p.suffix in (".gguf", ".tmp")]
+
+
+@pytest.mark.parametrize(("to", "name"), [("gguf", "model-f32.gguf"), ("easygpt", "easygpt.pt")])
+def test_a_file_goes_into_the_folder_that_is_named(script, tmp_path, to, name):
+    """One that is there, or one with a slash at its end."""
+    size = dataclasses.replace(SIZE, hidden_size=SIZE.num_attention_heads * SIZE.head_dim)
+    save(tmp_path / "out", size)
+    (tmp_path / "there").mkdir()
+    for folder in (f"{tmp_path / 'new'}{os.sep}", f"{tmp_path / 'there'}"):
+        result = script(
+            "export.py", f"--out_dir={tmp_path / 'out'}", f"--to={to}", f"--output={folder}"
+        )
+        assert result.code == 0 and (tmp_path / folder / name).is_file(), result.err
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf", "easygpt"])
+def test_an_output_through_a_file_is_told(script, tmp_path, to):
+    save(tmp_path / "out", SIZE)
+    (tmp_path / "note").touch()
+    for output in [tmp_path / "note" / "x", *([tmp_path / "note"] if to == "hf" else [])]:
+        result = script(
+            "export.py", f"--out_dir={tmp_path / 'out'}", f"--to={to}", f"--output={output}"
+        )
+        assert result.code == 1 and "note is a file, not a folder" in result.err.splitlines()[-1]
+    assert (tmp_path / "note").read_bytes() == b""

@@ -687,7 +687,7 @@ def test_two_runs_in_one_folder(slow_run, tiny, tmp_path):
     assert first.poll() is None
     first.kill()
     finish(first)
-    text = must(start([*slow_run, "--max_iters=10", "--init_from=resume"]))
+    text = must(start([*slow_run, "--max_iters=300", "--init_from=resume"]))
     assert "took over" in text and f"pid {first.pid}" in text
 
 

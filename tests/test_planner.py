@@ -127,7 +127,7 @@ def test_cards_by_name(name, found, gib):
 
 
 def test_every_card_has_a_peak_and_other_names_are_refused():
-    assert all(card.peak > 1e13 for card in cards.CARDS)
+    assert all(card.peak(torch.bfloat16) > 1e13 for card in cards.CARDS)
     assert all(cards.find_card(n) is None for n in ("auto", "cpu", "mps", "cuda", "cuda:1"))
     with pytest.raises(ValueError, match=r"RTX9999.*RTX3090"):
         cards.find_card("RTX9999")
@@ -135,9 +135,8 @@ def test_every_card_has_a_peak_and_other_names_are_refused():
 
 def test_the_reference_run_takes_its_90_hours():
     """22.7k tokens/s on an RTX 3090 is the only reported speed; the plan must give it back."""
-    (line, speed) = report.time_lines(
-        1.04223e15 / (cards.find_card("RTX3090").mfu * 71e12), 491520, 1.04223e15, 15000, "so"
-    )
+    share, _ = cards.assumed_share(cards.find_card("RTX3090"), torch.bfloat16, 1024, 12288)
+    (line, speed) = report.time_lines(1.04223e15 / (share * 71e12), 491520, 1.04223e15, 15000, "so")
     assert 89 < float(line.split()[1]) < 91
     assert 22_500 < float(speed.split()[0].replace(",", "")) < 22_900
 
@@ -184,3 +183,48 @@ def test_a_dry_run_that_does_not_fit_says_what_does(script, tmp_path, monkeypatc
     assert seen.code == 1
     assert "DOES NOT FIT" in seen.out and "hours" in seen.out
     assert "smallest change that fits: --batch_size=2\n" in seen.err
+
+
+def test_the_rate_of_a_card_is_its_types():
+    """float32 is TF32, at half the rate; a card without it has an eighth."""
+    rates = [[cards.find_card(n).peak(t) for t in TYPES] for n in ("RTX3090", "V100-16GB")]
+    assert rates == [[71e12, 35.5e12], [125e12, 15.625e12]]
+
+
+TYPES = (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "width", "tokens", "share", "words"),
+    [
+        ("RTX3090", torch.bfloat16, 1024, 12288, 0.68, "as the reference run is reported"),
+        ("RTX3090", torch.float32, 1024, 12288, 0.5, "a guess"),
+        ("RTX4090", torch.bfloat16, 1024, 12288, 0.5, "a guess"),
+        ("RTX3090", torch.bfloat16, 128, 12288, 0.5, "so small a model"),
+        ("RTX3090", torch.bfloat16, 1024, 512, 0.5, "so small a model"),
+    ],
+)
+def test_whose_word_a_share_of_the_peak_is(card, dtype, width, tokens, share, words):
+    found = cards.assumed_share(cards.find_card(card), dtype, width, tokens)
+    assert found[0] == share and words in found[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("RTX3099", "RTX3090"), ("rtx 4080ti", "RTX4080"), ("H10", "H100")]
+)
+def test_a_card_with_a_slip_in_its_name(name, near):
+    with pytest.raises(ValueError, match=f"no card .* near: .*{near}") as error:
+        cards.find_card(name)
+    assert str(error.value).count(",") < 6
+
+
+def test_a_plan_of_a_resumed_run_is_for_what_is_left(script, tiny):
+    """In the demo's size on a card: neither all updates nor the reference's share."""
+    assert script("train.py", *tiny, "--max_iters=6").code == 0
+    flags = [*tiny, "--init_from=resume", "--dry_run=True", "--device=RTX3090"]
+    result = script("train.py", *flags)
+    assert result.code == 0, result.err
+    assert "resumed  at 6 updates; 6 are left" in result.out and "hours for 6 updates" in result.out
+    assert "50% of 35.5, a guess, and more than so small a model reaches" in result.out
+    result = script("train.py", *flags, "--init_from=scratch", "--dtype=bfloat16", "--world_size=2")
+    assert "hours for 12 updates" in result.out and "each at 50% of 71 TFLOP/s" in result.out

@@ -231,7 +231,7 @@ def test_data_and_train_agree_on_the_folder():
     assert prepare.source.split("/")[-1] == train["dataset"] == "openwebtext"
     assert prepare.dataset_name() == train["dataset"]
     folder = ROOT / "data" / "openwebtext"
-    assert prepare.dataset_folder("openwebtext") == train["dataset_folder"]("openwebtext") == folder
+    assert prepare.dataset_folder("openwebtext") == train["check_folder"]("openwebtext") == folder
 
 
 def test_importing_the_script_does_nothing(tmp_path):

@@ -14,6 +14,7 @@ from formats import checkpoint, listing
 from model import GPT, GPTConfig, num_parameters
 from run import compiling, folder
 from run import settings as rules
+from run import stop as stop_module
 from run.agreement import Agreement, ShortElsewhere
 from run.curve import Curve, read_curve
 from run.evaluation import loss_sums, sample_text
@@ -371,7 +372,8 @@ def test_the_time_left_leaves_out_what_comes_before_the_first_update(tmp_path, m
 
 
 def test_a_sample_in_the_log_is_a_line_that_terminals_survive():
-    assert printable("a\x07b\x1b[2J\x00 ü世\n\x08\x85 c") == "a·b·[2J· ü世 · c"
+    assert printable("a\x07b\x1b[2J\x00 ü世\n\x08\x85 c\r", keep="\n") == "a·b·[2J· ü世\n·· c·"
+    assert printable("a\u3000b\u200d\u00a0") == "a\u3000b\u200d\u00a0", "no control characters"
 
 
 def test_another_rank_says_and_writes_nothing(tmp_path, capsys):
@@ -497,7 +499,9 @@ def test_a_start_from_a_checkpoint_keeps_its_sizes(tmp_path):
 def test_a_foreign_checkpoint_is_no_run_to_resume(tmp_path, more):
     saved = {"model": GPT(SIZE).state_dict(), "model_args": vars(SIZE), "config": {}, **more}
     checkpoint.save(tmp_path / "ckpt_7.pt", saved)
-    with pytest.raises(ValueError, match="cannot be resumed, only started from"):
+    with pytest.raises(
+        ValueError, match="of no run that can be resumed; start a new one from it: --init_from"
+    ):
         find_start("resume", tmp_path, SIZE, 4)
 
 
@@ -505,7 +509,7 @@ def test_a_run_from_a_checkpoint_does_not_replace_it(tmp_path, monkeypatch):
     """However its path is spelt, and whatever overwrite says."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    for source in ("~/a/ckpt_3.pt", str(tmp_path / "a" / "ckpt_3.pt")):
+    for source in ("~/a/ckpt_3.pt", str(tmp_path / "a" / "ckpt_3.pt"), "~/a"):
         with pytest.raises(ValueError, match="would replace it"):
             folder.claim(tmp_path / "a", source, overwrite=True)
         folder.unlock()
@@ -609,3 +613,40 @@ def test_a_folder_tells_its_checkpoints(tmp_path):
         (tmp_path / name).write_bytes(b"")
     assert [step for step, _ in listing.steps_saved(tmp_path)] == [10, 9]
     assert [p.name for p in listing.checkpoints(tmp_path)] == ["ckpt_10.pt", "ckpt_9.pt", "best.pt"]
+
+
+GOOD = '{"tokens": 1000, "val_loss": 3.5}'
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '{"tokens": 2000, "val_loss": NaN}',
+        '{"tokens": 2000, "val_loss": null}',
+        '{"tokens": 2000, "val_loss": "3"}',
+        '{"tokens": -1, "val_loss": 3}',
+        '{"tokens": 2e3, "val_loss": 3}',
+        '{"tokens": true, "val_loss": 3}',
+        '{"tokens": 2000, "val_loss": 1e400}',
+        '{"tokens": 2000, "val_loss": -Infinity}',
+        '{"tokens": 1' + "0" * 400 + ', "val_loss": 3}',
+    ],
+)
+def test_a_curve_with_a_line_that_is_none_is_told(tmp_path, bad):
+    path = tmp_path / "curve.jsonl"
+    path.write_text(f"{GOOD}\n{bad}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"curve.jsonl line 2: no curve .* take that line out$"):
+        read_curve(str(path))
+    path.write_text(f'{GOOD}\n[1]\n{{"iter": 1}}\n{{"cut', encoding="utf-8")
+    assert read_curve(str(path)) == Curve([1000], [3.5])
+
+
+def test_a_curve_that_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="a.jsonl is not UTF-8"):
+        read_curve(str(tmp_path / "a.jsonl"))
+
+
+def test_a_watchdog_beyond_all_clocks_is_none():
+    stop_module.watch(math.inf)
+    stop_module.watch(1e300)

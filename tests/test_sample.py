@@ -222,10 +222,14 @@ def test_a_checkpoint_that_names_no_tokenizer_is_gpt2s_or_refused(script, tmp_pa
         (["--temprature=1"], ["did you mean temperature"], 2),
         (["--temperature=hot"], ["temperature", "hot"], 2),
         (["--temperature=-1"], ["temperature", "-1"], 1),
-        (["--seed=99999999999999999999"], ["seed"], 1),
+        (["--seed=99999999999999999999"], ["seed", "64-bit"], 2),
+        (["--seed=-1"], ["seed must be at least 0, not -1"], 1),
         (["--top_k=-5"], ["top_k", "-5"], 1),
         (["--top_p=0"], ["top_p"], 1),
-        (["--num_samples=0"], ["num_samples"], 1),
+        (["--num_samples=0"], ["num_samples must be at least 1, not 0"], 1),
+        (["--start=FILE:"], ["names no file", "--start=FILE:PATH"], 1),
+        (["--init_from=scratch"], ["is no trained model", "resume"], 1),
+        (["--init_from="], ["is no trained model"], 1),
         (["--device=cuda:7"], ["cuda:7"], 1),
         (["--quantize=int4", "--device=cpu"], ["quantize", "int4", "int8"], 1),
         (["--start=FILE:nowhere.txt"], ["nowhere.txt"], 1),
@@ -234,7 +238,8 @@ def test_a_checkpoint_that_names_no_tokenizer_is_gpt2s_or_refused(script, tmp_pa
     ],
 )
 def test_mistakes_get_one_line(script, out, flags, words, code):
-    result = script("sample.py", f"--out_dir={out}", *flags)
+    where = [] if any("init_from" in flag for flag in flags) else [f"--out_dir={out}"]
+    result = script("sample.py", *where, *flags)
     assert result.code == code and result.out == ""
     assert result.err.startswith("sample.py: ") and result.err.count("\n") == 1
     for word in words:
@@ -254,3 +259,14 @@ def test_damaged_files_are_named(script, out):
         path.write_bytes(bad)
         result = script("sample.py", f"--out_dir={out}")
         assert result.code == 1 and "ckpt_3.pt" in result.err and result.err.count("\n") == 1
+
+
+def test_a_terminal_gets_no_control_characters(script, out, monkeypatch):
+    """In a file or a pipe the text is as it was made."""
+    flags = [f"--out_dir={out}", "--start=a\x1b[2Jb", "--max_new_tokens=30", "--temperature=5"]
+    plain = script("sample.py", *flags).out
+    assert "\x1b" in plain
+    monkeypatch.setattr(sys.stdout.__class__, "isatty", lambda self: True, raising=False)
+    shown = script("sample.py", *flags).out
+    assert shown.startswith("a·[2Jb") and len(shown) == len(plain)
+    assert {c for c in shown if ord(c) < 32} <= {"\n", "\t"}

@@ -188,14 +188,3 @@ def test_the_reference_config_is_the_reference_run(train_settings):
     run |= dict(rope_theta=10000.0, rms_norm_eps=1e-6, dropout=0.0, dataset="openwebtext")
     assert {k: s[k] for k in sizes | run} == sizes | run
     assert s["lr_decay_iters"] in (0, 15000) and s["vocab_size"] in (0, 50304)
-
-
-@pytest.mark.parametrize("script", ["train", "sample", "export", "evaluate"])
-def test_help_shows_every_setting_with_its_comment(script):
-    out = subprocess.run(
-        [sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert out.returncode == 0 and out.stderr == ""
-    for name, value in settings(script).items():
-        assert f"--{name}={value!r}" in out.stdout
-    assert "folder" in out.stdout

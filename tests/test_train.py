@@ -183,7 +183,7 @@ def test_a_used_folder_is_not_overwritten_by_chance(script, tiny, tmp_path):
 def test_starting_from_a_checkpoint_is_a_new_run_on_its_weights(script, tiny, tmp_path):
     script("train.py", *tiny)
     last = records(tmp_path, "val_loss")[-1]
-    flags = [*tiny, f"--out_dir={tmp_path / 'tuned'}", "--num_hidden_layers=24"]
+    flags = [*tiny, f"--out_dir={tmp_path / 'tuned'}"]
     flags += ["--max_position_embeddings=16", "--learning_rate=1e-3", "--min_lr=1e-4"]
     result = script("train.py", *flags, f"--init_from={tmp_path / 'out' / 'ckpt_12.pt'}")
     assert result.code == 0, result.err
@@ -199,7 +199,9 @@ def test_starting_from_a_checkpoint_is_a_new_run_on_its_weights(script, tiny, tm
 def test_a_tuned_model_can_be_resumed_though_its_sizes_are_not_the_settings(script, tiny, tmp_path):
     script("train.py", *tiny)
     base = tmp_path / "out" / "best.pt"
-    flags = [*tiny, f"--out_dir={tmp_path / 'tuned'}", "--num_hidden_layers=24"]
+    other = tmp_path / "other.py"
+    other.write_text("num_hidden_layers = 24\n", encoding="utf-8")
+    flags = [*tiny, str(other), f"--out_dir={tmp_path / 'tuned'}"]
     assert script("train.py", *flags, f"--init_from={base}").code == 0
     result = script("train.py", *flags, "--init_from=resume", "--max_iters=14")
     assert result.code == 0, result.err
@@ -345,7 +347,8 @@ def test_the_windows_of_an_evaluation_do_not_depend_on_the_micro_batch():
         (["--init_from=nowhere.pt"], ["nowhere.pt"], 1),
         (["--max_position_embeddings=99999", "--tokens_per_step=99999"], ["99999"], 1),
         (["--out_dir="], ["out_dir"], 1),
-        (["--seed=99999999999999999999"], ["seed"], 1),
+        (["--seed=99999999999999999999"], ["seed", "64-bit"], 2),
+        (["--seed=-1", "--hidden_size=0"], ["seed must be at least 0", "hidden_size"], 1),
     ],
 )
 def test_mistakes_get_one_line(script, tiny, tmp_path, flags, words, code):
@@ -394,3 +397,100 @@ def test_bins_without_meta_json_are_gpt2(script, tiny, tmp_path):
     result = script("train.py", *tiny, f"--dataset={folder}", "--max_iters=1", "--warmup_iters=0")
     assert result.code == 0, result.err
     assert "vocab 50304" in result.out and "gpt2" in result.out
+
+
+def write_checkpoint(path, **changes):
+    """Again, with some of its contents changed."""
+    torch.save({**checkpoint.load(path), **changes}, path)
+
+
+def test_sizes_of_a_model_that_is_there_are_not_typed(script, tiny, tmp_path):
+    """Equal ones are harmless, and those of a config file serve many commands."""
+    assert script("train.py", *tiny).code == 0
+    base, tuned = tmp_path / "out" / "best.pt", tmp_path / "tuned"
+    flags = [*tiny, f"--init_from={base}", f"--out_dir={tuned}", "--max_iters=2"]
+    for more in ([], ["--init_from=resume"], ["--dry_run=True"]):
+        for typed in ("--hidden_size=48", "--max_position_embeddings=64", "--qk_norm=True"):
+            result = script("train.py", *flags, *more, typed)
+            name = typed.partition("=")[0]
+            assert result.code == 1 and f"leave out {name}" in result.err, result
+        equal = ["--hidden_size=32", "--vocab_size=0", "--dropout=0.1"]
+        assert script("train.py", *flags, *more, *equal, "--head_dim=16").code == 0
+
+
+def test_a_run_that_is_over_does_not_go_back(script, tiny, tmp_path):
+    assert script("train.py", *tiny).code == 0
+    for more in ([], ["--dry_run=True"]):
+        result = script("train.py", *tiny, "--init_from=resume", "--max_iters=11", *more)
+        assert result.code == 1 and "12 updates already, more than max_iters=11" in result.err
+    assert script("train.py", *tiny, "--init_from=resume").code == 0, "done is done"
+
+
+@pytest.mark.parametrize(
+    "hurt",
+    [
+        lambda o: [m.pop("exp_avg") for m in o["state"].values()],
+        lambda o: o["state"][0].update(momentum_buffer=torch.zeros(1)),
+        lambda o: o["state"].clear(),
+        lambda o: o["state"].pop(0),
+        lambda o: o.pop("param_groups"),
+    ],
+)
+def test_another_optimizers_state_is_told(script, tiny, tmp_path, hurt):
+    assert script("train.py", *tiny, "--max_iters=6").code == 0
+    path = tmp_path / "out" / "ckpt_6.pt"
+    optimizer = checkpoint.load(path)["optimizer"]
+    hurt(optimizer)
+    write_checkpoint(path, optimizer=optimizer)
+    result = script("train.py", *tiny, "--init_from=resume")
+    assert result.code == 1 and result.err.count("\n") == 1
+    assert "another optimizer than AdamW" in result.err and "another --out_dir" in result.err
+
+
+def test_a_long_sample_prompt_is_told(script, tiny):
+    result = script("train.py", *tiny, "--sample_prompt=" + "x" * 40)
+    assert result.code == 0 and "sample_prompt has 40 tokens: only the last 32" in result.out
+
+
+def test_the_command_that_goes_on_names_each_flag_once(script, tiny):
+    flags = [*tiny, "--time_limit=0.0000001", "--max_iters=10000"]
+    for more in (["--overwrite=True"], ["--init_from=resume"], ["--init-from", "auto"]):
+        result = script("train.py", *flags, *more)
+        assert result.code == 0 and result.out.count("--init_from=resume") == 1, result
+        assert "overwrite" not in result.out and "init-from" not in result.out
+
+
+def test_files_of_others_do_not_stand_in_the_way_of_auto(script, tiny, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "theirs.pt").write_bytes(b"x")
+    for times in (1, 2):
+        result = script("train.py", *tiny, "--init_from=auto")
+        assert result.code == 0 and ("resumed" in result.out) == (times == 2), result.err
+    assert (out / "theirs.pt").read_bytes() == b"x"
+
+
+def test_a_file_in_the_place_of_a_folder(script, tiny, tmp_path):
+    assert script("train.py", *tiny).code == 0
+    best, note = tmp_path / "out" / "best.pt", tmp_path / "note.txt"
+    note.touch()
+    for script_name in ("train.py", "sample.py", "evaluate.py", "export.py"):
+        args = tiny if script_name == "train.py" else []
+        result = script(script_name, *args, f"--out_dir={best}")
+        assert result.code == 1 and f"--init_from={best} for this one" in result.err
+        result = script(script_name, *args, f"--out_dir={note / 'x'}")
+        assert result.code == 1 and f"{note} is a file, not a folder" in result.err
+    result = script("train.py", *tiny, f"--dataset={tmp_path / 'note.txt'}")
+    assert result.code == 1 and "is a file; its folder is" in result.err
+
+
+def test_an_evaluation_of_fewer_windows_than_asked_says_so(script, tiny):
+    """The validation text has 62 of 32 tokens."""
+    short = [*tiny, "--max_iters=1", "--overwrite=True", "--eval_iters=0"]
+    result = script("train.py", *short, "--eval_windows=100")
+    assert "62 windows in an evaluation: all that there are, not 100" in result.out
+    assert "windows in an evaluation" not in script("train.py", *short, "--eval_windows=62").out
+    result = script("train.py", *tiny, "--max_iters=1", "--overwrite=True", "--eval_iters=99")
+    assert "62 windows in an evaluation: all that there are, eval_iters x batch_size" in result.out
+    result = script("train.py", *tiny, "--max_iters=1", "--overwrite=True", "--eval_iters=2")
+    assert "8 windows in an evaluation: eval_iters x batch_size" in result.out

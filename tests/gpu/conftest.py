@@ -34,6 +34,8 @@ UPDATES = 20  # of a whole run; half of them until its checkpoint in the middle
 BATCH = 8  # windows in a micro-batch, of which an update has two
 WINDOWS = 2 * BATCH
 
+WHY = pytest.StashKey[str]()  # nothing here runs
+
 SIZES = {
     "cuda": {
         "vocab_size": 8192,
@@ -79,6 +81,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(skip)
+            config.stash[WHY] = skip.kwargs["reason"]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Why nothing ran, which pytest keeps to itself without -rs."""
+    if WHY in config.stash:
+        terminalreporter.write_line(f"tests/gpu was skipped: {config.stash[WHY]}")
 
 
 @pytest.fixture(scope="session")

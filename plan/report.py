@@ -34,7 +34,7 @@ from run.settings import check_folder, run_folder
 from run.start import find_start, model_as_set, source_of
 from text.batches import TrainOrder
 from text.tokenizer import get_tokenizer
-from text.tokens import TokenData, read_meta
+from text.tokens import GPT2_VOCAB, TokenData, read_meta
 
 GIB = 2**30
 # Memory that is not in the graph, assumed and not measured. On a GPU: CUDA's context and kernels
@@ -368,8 +368,12 @@ def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
     else:
         machine = Machine(device, *select_dtype(s["dtype"], device))
     data, out = check_folder(s["dataset"]), run_folder(s["out_dir"])
-    meta, _ = read_meta(data), read_curve(s["reference"])
-    as_set, source = model_as_set(s, meta), source_of(s["init_from"], out)
+    read_curve(s["reference"])
+    source = source_of(s["init_from"], out)
+    meta: Mapping[str, Any] = {"vocab_size": GPT2_VOCAB}  # a model from scratch needs no data yet
+    if data.is_dir() or source != "scratch":
+        meta = read_meta(data)
+    as_set = model_as_set(s, meta)
     start = find_start(source, out, as_set, s["batch_size"], whole=False)
     if start.saved:
         now = {"config": s, "data": meta["splits"], "dtype": str(machine.dtype)}

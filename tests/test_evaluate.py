@@ -473,7 +473,7 @@ def test_bad_files_end_in_one_line(run, script, tmp_path, task, text, message):
         (["--dataset=docs/plan.md"], "docs/plan.md is a file; its folder is --dataset=docs/"),
         (["--init_from=nowhere.pt"], "no checkpoint nowhere.pt"),
         ([], "does not tell its dataset"),
-        (["--dataset=nowhere/data"], "no val.bin"),
+        (["--dataset=nowhere/data"], "there is no dataset nowhere/data"),
     ],
 )
 def test_bad_settings_end_in_one_line(run, script, monkeypatch, flags, message):

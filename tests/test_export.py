@@ -425,8 +425,8 @@ def test_the_safetensors_file_of_a_folder_may_be_named(script, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sample.py", "export.py", "train.py"])
-def test_a_folder_without_the_prefix_is_told_of_it(script, good_folder, tmp_path, name):
-    where = [f"--out_dir={tmp_path / 'out'}"] if name == "train.py" else []
+def test_a_folder_without_the_prefix_is_told_of_it(script, good_folder, tmp_path, dataset, name):
+    where = [f"--out_dir={tmp_path / 'out'}", f"--dataset={dataset}"] if name == "train.py" else []
     result = script(name, f"--init_from={good_folder}", *where)
     assert result.code == 1 and f"write hf:{good_folder}" in result.err.splitlines()[-1]
 
@@ -1006,5 +1006,8 @@ def test_an_output_through_a_file_is_told(script, tmp_path, to):
         result = script(
             "export.py", f"--out_dir={tmp_path / 'out'}", f"--to={to}", f"--output={output}"
         )
-        assert result.code == 1 and "note is a file, not a folder" in result.err.splitlines()[-1]
+        assert (
+            result.code == 1
+            and "note is a file, and a folder is to be" in result.err.splitlines()[-1]
+        )
     assert (tmp_path / "note").read_bytes() == b""

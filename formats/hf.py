@@ -1,8 +1,8 @@
 """Hugging Face's model folders, read and written: config.json, safetensors, tokenizer.json.
 
 Read are Llama and Qwen3, and what differs from a Llama by its name only: Mistral and Ministral
-whose window holds the context, and SmolLM3 with positions in all layers. Written is a Llama, or a
-Qwen3 with qk_norm.
+whose window holds the context, and SmolLM3 with positions in all layers. So is Qwen2, which is a
+Llama with biases of attention whose last one is zero. Written is a Llama, or a Qwen3 with qk_norm.
 
 A folder comes from a stranger: none of its code runs, no name in it leads out of it, and sizes are
 compared with the tensors that are really there before any memory is taken.
@@ -38,6 +38,7 @@ class Family(NamedTuple):
     architecture: str
     defaults: Mapping[str, Any]  # of transformers' configuration, where they are not Llama's
     biases: tuple[str, ...] = ()  # the settings for biases that it has
+    without: str = ""  # the bias of attention that it lacks, which is one of zeros
 
 
 WINDOW = {"num_key_value_heads": 8, "max_position_embeddings": 2**17, "sliding_window": 4096}
@@ -47,12 +48,14 @@ SMOLLM3: dict[str, Any] = {
     "no_rope_layers": None,
 }
 SMOLLM3 |= {"tie_word_embeddings": True, "rope_theta": 2000000.0}
+QWEN2 = {"num_key_value_heads": 32, "max_position_embeddings": 2**15, "attention_bias": True}
 BIASES = ("attention_bias", "mlp_bias")
 FAMILIES = {  # by model_type; all but Qwen3 are Llamas by another name
     "llama": Family("LlamaForCausalLM", {}, BIASES),
     "qwen3": Family("Qwen3ForCausalLM", {"head_dim": 128}, ("attention_bias",)),
     "mistral": Family("MistralForCausalLM", WINDOW),
     "ministral": Family("MinistralForCausalLM", WINDOW),
+    "qwen2": Family("Qwen2ForCausalLM", QWEN2, (), "self_attn.o_proj.bias"),
     "smollm3": Family("SmolLM3ForCausalLM", SMOLLM3, BIASES),
 }
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
@@ -74,9 +77,10 @@ def load(name: str) -> tuple[Path, dict[str, Any]]:
     """
     name = name.removeprefix(PREFIX)
     folder = hub.find(name, SMALL)
-    config = model_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    raw = read_json(folder / "config.json")
+    config = model_config(raw, str(folder / "config.json"))
     hub.find(name, WEIGHTS)  # gigabytes, which another kind of model is not worth
-    weights = read_weights(folder, config)
+    weights = read_weights(folder, config, FAMILIES[raw["model_type"]].without)
     tokenizer = read_tokenizer(folder).saved()
     return folder, {"model": weights, "model_args": asdict(config), "tokenizer": tokenizer}
 
@@ -91,7 +95,7 @@ def model_config(raw: dict[str, Any], where: str) -> GPTConfig:
     """
     kind = raw.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    wanted, defaults, biases = family or FAMILIES["llama"]
+    wanted, defaults, biases, without = family or FAMILIES["llama"]
     raw = {**defaults, **raw}
     problems = unsupported(raw)
     if family is None or (raw.get("architectures") or [wanted]) != [wanted]:
@@ -132,7 +136,7 @@ def model_config(raw: dict[str, Any], where: str) -> GPTConfig:
         "rope_theta": float(number("rope_theta", 10000.0, rope)),
         "tie_word_embeddings": flag("tie_word_embeddings"),
         "qk_norm": kind == "qwen3",
-        "attention_bias": flag("attention_bias"),
+        "attention_bias": bool(without) or flag("attention_bias"),
         "mlp_bias": flag("mlp_bias"),
     }
     if values["max_position_embeddings"] > MAX_CONTEXT:
@@ -221,13 +225,13 @@ def config_json(config: GPTConfig, dtype: torch.dtype, ids: dict[str, Any]) -> d
 # --- safetensors
 
 
-def read_weights(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
-    """The model's tensors under our names, in float32.
+def read_weights(folder: Path, config: GPTConfig, without: str = "") -> dict[str, Tensor]:
+    """The model's tensors under our names, in float32; zeros for a Family's bias `without`.
 
     Raises ValueError naming what is missing, left over, of another shape or type, or not finite.
     """
     paths = weight_files(folder)
-    wanted = check_headers(paths, folder, config)
+    wanted = check_headers(paths, folder, config, without)
     weights = {}
     for path in paths:
         with open_weights(path) as file:
@@ -237,12 +241,14 @@ def read_weights(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     bad = [k for k, v in weights.items() if not bool(v.isfinite().all())]
     if bad:
         raise ValueError(f"weights in {folder}: {bad[0]} is NaN or infinite")
-    return weights
+    absent = [k for k in wanted if without and k.endswith(without)]
+    return weights | {k: torch.zeros(config.hidden_size) for k in absent}
 
 
-def check_headers(paths: list[Path], folder: Path, config: GPTConfig) -> set[str]:
+def check_headers(paths: list[Path], folder: Path, config: GPTConfig, without: str) -> set[str]:
     """The names of the model's tensors, once the files' headers have shown them all to be there.
 
+    All but those that end in `without`, if that is not empty, which must not be there.
     Raises ValueError naming what is missing, left over, or of another shape or type.
     """
     shapes: dict[str, list[int]] = {}
@@ -267,10 +273,10 @@ def check_headers(paths: list[Path], folder: Path, config: GPTConfig) -> set[str
     optional = {k for k in shapes if k.endswith("rotary_emb.inv_freq")}  # of old exports
     if config.tie_word_embeddings:
         optional.add("lm_head.weight")
-    problems += [f"no {k}" for k in wanted if k not in shapes and k not in optional]
-    problems += [
-        f"{SHORT.repr(k)}, unknown" for k in shapes if k not in wanted and k not in optional
-    ]
+    lacked = {k for k in wanted if without and k.endswith(without)}
+    problems += [f"no {k}" for k in wanted if k not in shapes and k not in optional | lacked]
+    known = (wanted.keys() - lacked) | optional
+    problems += [f"{SHORT.repr(k)}, unknown" for k in shapes if k not in known]
     for key in wanted:
         if key in shapes and shapes[key] != wanted[key]:
             problems.append(f"{key} of {shapes[key]}, not {wanted[key]}")

@@ -385,6 +385,8 @@ def llama_folder(folder, family="Llama", dtype=torch.bfloat16, shard="40KB", **s
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.mul_(8 if "proj" in name else 1)
+            if name.endswith("bias"):  # zeros, else
+                p.add_(torch.randn_like(p))
     model.save_pretrained(folder, max_shard_size=shard)
     text = hf.tokenizer_json(get_tokenizer("bytes"))
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")

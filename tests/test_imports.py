@@ -340,6 +340,8 @@ OTHERS = [
         {**ALL_ROPE, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     ),
     ("Qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}),
+    ("Qwen2", {}),
+    ("Qwen2", {"tie_word_embeddings": True, "rope_theta": 1e6}),
 ]
 
 
@@ -382,6 +384,8 @@ REFUSED = [
     ("Gemma", {"head_dim": 8}, ["'gemma'", "hf:HuggingFaceTB/SmolLM2-135M"]),
     ("GPT2", {}, ["learned positions", "hf:HuggingFaceTB/SmolLM2-135M"]),
     ("Qwen3", {"use_sliding_window": True, "sliding_window": 8}, ["window of 8", "hf:Qwen/Qwen3"]),
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 8}, ["window of 8", "hf:Qwen/Qwen3"]),
+    ("Qwen2Moe", {}, ["'qwen2_moe'", "hf:Qwen/Qwen3-0.6B-Base"]),
 ]
 
 

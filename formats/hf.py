@@ -490,7 +490,8 @@ def token_ids(tok: Tokenizer, trained: bool) -> dict[str, Any]:
 
     A pad token is there if one was, since transformers gives its embedding no gradient.
     """
-    pad = stated.ids((tok.stated.get("model") or {}).get("pad_token_id"), tok.vocab_size)
+    ids = range(tok.vocab_size)
+    pad = stated.ids((tok.stated.get("model") or {}).get("pad_token_id"), ids)
     ends = [tok.eot, *sorted(tok.ends - {tok.eot})]
     return {
         "bos_token_id": tok.eot if tok.bos is None and trained else tok.bos,
@@ -538,9 +539,9 @@ def tokenizer_config(
     bos = tok.eot if tok.bos is None and trained else tok.bos
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **({} if bos is None else {"bos_token": texts[bos]}),
+        **({"bos_token": texts[bos]} if bos in texts else {}),
         "eos_token": texts[tok.eot],
-        **({} if tok.pad is None else {"pad_token": texts[tok.pad]}),
+        **({"pad_token": texts[tok.pad]} if tok.pad in texts else {}),
         **({"add_bos_token": False, "add_eos_token": False} if trained else {}),
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,

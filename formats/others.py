@@ -2,7 +2,7 @@
 
 import re
 
-TAKEN = "a Llama, a Mistral without a sliding window, or a Qwen3"
+TAKEN = "a Llama, a Qwen2 or 3, or a Mistral without a sliding window"
 GPT2 = "GPT-2's architecture (learned positions, LayerNorm, GELU)"
 GPT2_NAMES = re.compile(r"((openai-community|openai)/)?gpt2(-medium|-large|-xl)?")  # on the Hub
 NEAREST = {  # by how model_type begins; the first that fits, the last one fits all

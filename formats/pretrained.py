@@ -72,6 +72,8 @@ def lone_checkpoint(name: str) -> Path | None:
     None where it has, or has no .pt file. Raises ValueError for several .pt files.
     """
     folder = hub.find(name, hf.SMALL)
+    if any(folder.glob("*.safetensors")):  # in the cache, too: one question less
+        return None
     files = hub.listing(name, folder)
     found = [file for file in files if file.endswith(".pt")]
     if not found or any(file.endswith(".safetensors") for file in files):

@@ -588,3 +588,35 @@ def test_what_is_no_id_is_not_taken_for_one(tmp_path, value):
         write_json(tmp_path / name, dict.fromkeys(keys, value))
     tok = get_tokenizer("tokenizer.json", tmp_path)
     assert (tok.eot, tok.ends, tok.bos, tok.pad, tok.guessed) == (0, {0}, None, None, True)
+
+
+def test_an_id_that_no_token_has_is_no_end_of_text(tmp_path):
+    """A vocabulary with a hole, as some have between their words and their special tokens."""
+    spec = json.loads(byte_level(*IM).to_str())
+    spec["added_tokens"][2]["id"] = 400
+    spec["model"]["vocab"]["<|im_end|>"] = 400
+    write_json(tmp_path / "tokenizer.json", spec)
+    write_json(tmp_path / "config.json", {"eos_token_id": [2, 400], "bos_token_id": 399})
+    tok = get_tokenizer("tokenizer.json", tmp_path)
+    assert (tok.eot, tok.ends, tok.bos, tok.vocab_size) == (400, {400}, None, 401)
+
+
+def test_nested_statements_survive_a_checkpoint(script, tmp_path):
+    """Files of strangers may hold anything: as text it is carried, not walked through."""
+    case = CASES["Llama 2"]
+    make_model(tmp_path / "base", case, case.make())
+    path = tmp_path / "base" / "tokenizer_config.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(
+        json.dumps(raw)[:-1] + ', "x": ' + "[" * 800 + "]" * 800 + "}", encoding="utf-8"
+    )
+    result, data = prepared(script, tmp_path / "d", tmp_path / "base")
+    assert result.code == 0, result.err
+    flags = [*TINY, f"--dataset={data}", f"--init_from=hf:{tmp_path / 'base'}", "--max_iters=1"]
+    result = script("train.py", *flags, "--warmup_iters=0", f"--out_dir={tmp_path / 'out'}")
+    assert result.code == 0, result.err
+    entry = {"name": "bytes", "vocab_size": 257, "json": None}
+    assert from_saved({**entry, "stated": '{"tokenizer": 5, "model": []}'}).stated == {}
+    for damage in ({"stated": "[]"}, {"stated": 5}, {"stated": "{"}, {"name": 5}):
+        with pytest.raises(ValueError, match="tokenizer"):
+            from_saved({**entry, **damage})

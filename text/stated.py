@@ -4,7 +4,7 @@ tokenizer.json does not say. Three files beside it do, each in its own way, and 
 a dataset's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,27 +52,27 @@ def read(folder: Path) -> dict[str, Any]:
     return found
 
 
-def ids(value: Any, size: int) -> list[int]:
-    """Of a number or a list those that are ids of a vocabulary of `size`, in order."""
+def ids(value: Any, vocabulary: Container[int]) -> list[int]:
+    """Of a number or a list those that are ids of a vocabulary, in order."""
     values = value if isinstance(value, list | tuple) else [value]
-    return [i for i in values if type(i) is int and 0 <= i < size]
+    return [i for i in values if type(i) is int and i in vocabulary]
 
 
-def marks(stated: Mapping[str, Any], id_of: Callable[[str], int | None], size: int) -> Marks:
-    """What the files state, as ids. id_of: a token's id by its text; size: of the vocabulary.
+def marks(stated: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Marks:
+    """What the files state, as ids. vocabulary: the ids of tokens by their texts.
 
     A document ends with the token that the dataset's meta.json or tokenizer_config.json names,
     else with the first of config.json's, else of generation_config.json's. A text stops at those
     of generation_config.json, else of config.json, and where a document ends.
     """
+    there = {*vocabulary.values()}
     by_id = [stated.get(part) or {} for part in ("dataset", "model", "generation")]
     first: dict[str, int | None] = {}
     for kind in KINDS:
         entry = (stated.get("tokenizer") or {}).get(f"{kind}_token")
         text = entry.get("content") if isinstance(entry, dict) else entry
-        named = [id_of(text)] if isinstance(text, str) else []
-        dataset, model, generation = (ids(part.get(f"{kind}_token_id"), size) for part in by_id)
-        candidates = [*dataset, *named, *model, *generation]
-        first[kind] = next((i for i in candidates if i is not None), None)
-    _, model, generation = (ids(part.get("eos_token_id"), size) for part in by_id)
+        named = [vocabulary[text]] if isinstance(text, str) and text in vocabulary else []
+        dataset, model, generation = (ids(part.get(f"{kind}_token_id"), there) for part in by_id)
+        first[kind] = next(iter([*dataset, *named, *model, *generation]), None)
+    _, model, generation = (ids(part.get("eos_token_id"), there) for part in by_id)
     return Marks(first["eos"], frozenset(generation or model), first["bos"], first["pad"])

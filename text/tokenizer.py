@@ -114,7 +114,7 @@ class Tokenizer:
             "ends": sorted(self.ends),
             "bos": self.bos,
             "pad": self.pad,
-            "stated": dict(self.stated),
+            "stated": json.dumps(self.stated) if self.stated else "",
         }
 
     def encode_array(self, text: str) -> Ids:
@@ -248,15 +248,22 @@ def from_saved(entry: Mapping[str, Any] | None, own: bool = False) -> Tokenizer:
     own: as in get_tokenizer. Raises as it does.
     """
     entry = entry or {"name": "gpt2", "json": None}  # nanoGPT's files name none
-    tok = get_tokenizer(entry["name"], json_text=entry["json"], eot=entry.get("eot"), own=own)
-    bos, pad = (stated.ids(entry.get(kind), tok.vocab_size) for kind in ("bos", "pad"))
+    try:
+        name, json_text, eot = str(entry["name"]), entry["json"], entry.get("eot")
+        files = json.loads(entry.get("stated") or "{}").items()
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+        raise ValueError(f"what the checkpoint says of its tokenizer is damaged ({e!r})") from e
+    tok = get_tokenizer(name, json_text=json_text, eot=eot, own=own)
+    bos, pad, ends = (
+        stated.ids(entry.get(kind), range(tok.vocab_size)) for kind in ("bos", "pad", "ends")
+    )
     return replace(
         tok,
-        ends=tok.ends | {*stated.ids(entry.get("ends"), tok.vocab_size)},
+        ends=tok.ends | {*ends},
         begin=bos[0] if own and bos else tok.begin,
         bos=bos[0] if bos else None,
         pad=pad[0] if pad else None,
-        stated=entry.get("stated") or {},
+        stated={k: v for k, v in files if isinstance(v, dict)},
     )
 
 
@@ -421,8 +428,8 @@ def hugging_face(
     before, after = growth([spec.get("normalizer"), spec.get("pre_tokenizer")]), spec.get("decoder")
     if max(before, growth(after)) > MAX_GROWTH:
         raise ValueError(f"{where} makes a flood of text of a word, replacement after replacement")
-    size = max(tok.get_vocab(with_added_tokens=True).values()) + 1
-    marks = stated.marks(files, tok.token_to_id, size)
+    vocabulary = tok.get_vocab(with_added_tokens=True)
+    marks = stated.marks(files, vocabulary)
     end = end_of_text(tok, spec, where, marks.eot if eot is None else eot)
     tok.no_truncation()
     tok.no_padding()
@@ -459,7 +466,7 @@ def hugging_face(
 
     return Tokenizer(
         name="tokenizer.json",
-        vocab_size=size,
+        vocab_size=max(vocabulary.values()) + 1,
         eot=end,
         ends=marks.ends | {end},
         begin=marks.bos if own and marks.bos is not None else characters.begin(spec, end),

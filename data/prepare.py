@@ -290,6 +290,11 @@ def load_tokenizer(name: str, found: Source, work: Path) -> Tokenizer:
     path = path_of(name)
     if name.startswith(hub.PREFIX):
         path = hub.find(name.removeprefix(hub.PREFIX), (*stated.FILES, "tokenizer.json"))
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"there is no tokenizer.json in {path}; transformers makes one of other files: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
     path = path / "tokenizer.json" if path.is_dir() else path
     tok = get_tokenizer(str(path), eot=eot or None)
     if tok.guessed:

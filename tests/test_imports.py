@@ -1,6 +1,7 @@
 """Models of others with tokenizers of all kinds: what ends and begins a text survives with us."""
 
 import json
+import random
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from test_export import gguf_file, imported, llama_folder, their_tokenizer, thei
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from formats import hf, pretrained
+from making.scoring import encode_pair
 from text.tokenizer import from_saved, get_tokenizer
 
 TEXT = "the cat sat on the mat and the dog sat on the log ."
@@ -271,7 +273,7 @@ def test_what_ends_and_begins_a_text_survives(script, tmp_path, name):
     assert (came.tok.eot, came.tok.ends, came.tok.begin) == (eot, ends, begin)
     added = tok.post_processor is not None
     assert came.tok.prefix == ((begin,) if added else ())
-    assert came.tok.prompt("") == [begin]
+    assert came.tok.prompt("") == [begin] == encode_pair(came.tok, "", "the")[0]
     whole = tok.encode(TEXT).ids  # a template may end it, too, which no prompt wants
     assert came.tok.prompt(TEXT) == (whole[:-1] if "[SEP]" in name + case.eot else whole)
     wanted = came.tok.decode(greedy(base, tok, came.tok.prompt("the")))
@@ -519,7 +521,7 @@ def test_an_eot_that_cannot_be(script, tmp_path, tokenizer, eot, words, code):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("FOLDER", ["no tokenizer file", "tokenizer.json"]),
+        ("FOLDER", ["no tokenizer.json in", "save_pretrained"]),
         ("hf:no-such-folder", ["no folder 'no-such-folder'", "hf:USER/NAME"]),
         ("gtp2", ["gtp2", "its folder"]),
     ],
@@ -620,3 +622,26 @@ def test_nested_statements_survive_a_checkpoint(script, tmp_path):
     for damage in ({"stated": "[]"}, {"stated": 5}, {"stated": "{"}, {"name": 5}):
         with pytest.raises(ValueError, match="tokenizer"):
             from_saved({**entry, **damage})
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja"],
+)
+def test_random_damage_to_what_is_stated_never_ends_in_a_traceback(script, tmp_path, file):
+    """Whatever byte is wrong, the model is exported or one line tells."""
+    case = CASES["several eos"]
+    make_model(tmp_path / "base", case, case.make())
+    path = tmp_path / "base" / file
+    good = path.read_bytes() if path.exists() else CHAT.encode()
+    rng, told = random.Random(0), 0
+    for _ in range(40):
+        data = bytearray(good)
+        for _ in range(rng.choice([1, 1, 3, 30])):
+            data[rng.randrange(len(data))] = rng.choice(b'{}[]":,0917eEn\\ \x00\xff-tfz')
+        path.write_bytes(bytes(data))
+        flags = [f"--init_from=hf:{tmp_path / 'base'}", f"--output={tmp_path / 'new'}"]
+        result = script("export.py", *flags)
+        assert result.code in (0, 1) and len(result.err.splitlines()) == result.code
+        told += result.code
+    assert told > 5

@@ -8,7 +8,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from text.files import read_json
+from text.files import read_json, read_text
 
 # Beside tokenizer.json, small; config.json is read for its ids alone
 FILES = (
@@ -39,7 +39,7 @@ def read(folder: Path) -> dict[str, Any]:
             tokenizer |= read_json(folder / name)
     template = folder / "chat_template.jinja"
     if template.is_file():
-        tokenizer["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
+        tokenizer["chat_template"] = read_text(template)
     if tokenizer:
         found["tokenizer"] = tokenizer
     if (folder / "generation_config.json").is_file():

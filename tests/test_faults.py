@@ -839,7 +839,7 @@ def test_a_checkpoint_that_does_not_fit(slow_run, used, tmp_path, whole):
     other = {"transformer.wte.weight": torch.ones(320, 32)}
     torch.save({"model": other, "model_args": args, "iter_num": 1}, tmp_path / "nano.pt")
     torch.save(other, tmp_path / "bare.pt")
-    for name, word in (("nano.pt", "n_embd"), ("bare.pt", "bare state dict")):
+    for name, word in (("nano.pt", "nanoGPT"), ("bare.pt", "bare state dict")):
         flags = [f"--init_from={tmp_path / name}"]
         refused(start(flags, script="sample.py"), name, word)
     assert_whole(used, whole)

@@ -42,12 +42,10 @@ class Family(NamedTuple):
 
 
 WINDOW = {"num_key_value_heads": 8, "max_position_embeddings": 2**17, "sliding_window": 4096}
-SMOLLM3: dict[str, Any] = {
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2**15,
-    "no_rope_layers": None,
+SMOLLM3 = {
+    **{"num_key_value_heads": 4, "max_position_embeddings": 2**15, "no_rope_layers": None},
+    **{"tie_word_embeddings": True, "rope_theta": 2000000.0},
 }
-SMOLLM3 |= {"tie_word_embeddings": True, "rope_theta": 2000000.0}
 QWEN2 = {"num_key_value_heads": 32, "max_position_embeddings": 2**15, "attention_bias": True}
 BIASES = ("attention_bias", "mlp_bias")
 FAMILIES = {  # by model_type; all but Qwen3 are Llamas by another name
@@ -105,7 +103,6 @@ def model_config(raw: dict[str, Any], where: str) -> GPTConfig:
 
     def number(name: str, default: float | None = None, source: Any = raw) -> Any:
         value = source.get(name)
-        value = defaults.get(name) if value is None else value
         value = default if value is None else value
         kinds = (int, float) if name in ("rms_norm_eps", "rope_theta") else int
         low = 1 if name == "rope_theta" else 0  # below, the angles overflow

@@ -499,7 +499,7 @@ def end_of_text(tok: Any, spec: dict[str, Any], where: str, wanted: int | str | 
     if wanted is None:
         raise ValueError(
             f"{where} has no end-of-text token, such as {', '.join(EOT_NAMES[:4])}, and no file "
-            "beside it states one (eos_token in tokenizer_config.json)"
+            "beside it states one; write eos_token in tokenizer_config.json, or prepare with --eot"
         )
     names = [*added] or [*tok.get_vocab()]
     near = difflib.get_close_matches(str(wanted), names[:NEAR], n=3, cutoff=0.4) or names[:3]

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 NAMES = ("SIGINT", "SIGHUP")  # Windows has no SIGHUP
@@ -33,6 +33,21 @@ def end(number: int, frame: FrameType | None) -> None:
 def stop_main(number: int, frame: FrameType | None) -> None:
     """In it: all that is open is closed on the way out."""
     raise KeyboardInterrupt(number)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Inside it the system ends the process: while C++ waits for others no handler of ours runs."""
+    before = {}
+    for name in NAMES:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def number_of(e: KeyboardInterrupt) -> int:

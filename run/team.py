@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from run import interrupt
+
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What a peer that died looks like, beside torch's own DistError: gloo's bare RuntimeErrors.
 LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
@@ -113,7 +115,8 @@ def join(minutes: float) -> Team:
         return Team()
     wait = timedelta(minutes=minutes)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store, _, _ = next(rendezvous("env://", rank, ranks, timeout=wait))
+    with interrupt.at_once():
+        store, _, _ = next(rendezvous("env://", rank, ranks, timeout=wait))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun restarts workers with the store of the dead ones (pytorch 167288): without a
         # prefix of their own the new ones find and dial the old addresses. Nodes count restarts
@@ -121,7 +124,8 @@ def join(minutes: float) -> Team:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.distributed_c10d.PrefixStore(f"attempt {attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=wait)
+    with interrupt.at_once():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=wait)
     local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Team(rank, ranks, *local, alone=False)
 

@@ -1008,8 +1008,6 @@ def test_an_output_through_a_file_is_told(script, tmp_path, to):
         result = script(
             "export.py", f"--out_dir={tmp_path / 'out'}", f"--to={to}", f"--output={output}"
         )
-        assert (
-            result.code == 1
-            and "note is a file, and a folder is to be" in result.err.splitlines()[-1]
-        )
+        *_, last = result.err.splitlines()
+        assert result.code == 1 and "note is a file, and a folder is to be there" in last
     assert (tmp_path / "note").read_bytes() == b""

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -155,6 +156,35 @@ def test_nohup_and_a_runs_own_handler_stay(monkeypatch):
         signal.signal(signal.SIGHUP, before[1])
 
 
+@posix
+def test_ctrl_c_while_a_rank_waits_for_others(tiny, heeded):
+    """In C++, where no handler of Python's is called."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    team = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command, pipe = [sys.executable, ROOT / "train.py", *tiny], subprocess.PIPE
+    process = subprocess.Popen(command, env={**os.environ, **team}, stderr=pipe)
+    while True:
+        assert process.poll() is None
+        with socket.socket() as caller:
+            if not caller.connect_ex(("127.0.0.1", port)):
+                break
+        time.sleep(0.05)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode in (-signal.SIGINT, 130) and b"Traceback" not in err
+
+
+@pytest.fixture
+def heeded():
+    """Processes heed Ctrl-C, also where the tests were started in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 SLOWLY = """
 import runpy, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -167,13 +197,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @posix
-def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_program(folder):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_program(folder, heeded):
     flags = [f"--out_dir={folder}", "--interactive", "--max_new_tokens=100000", "--device=cpu"]
     command = [sys.executable, "-c", SLOWLY, str(ROOT), str(ROOT / "sample.py"), *flags]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(command, **pipes, bufsize=0)
-    signal.signal(signal.SIGINT, before)
 
     def wait_for(stream, sign):
         seen = b""

@@ -165,15 +165,18 @@ def test_ctrl_c_while_a_rank_waits_for_others(tiny, heeded):
     team = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command, pipe = [sys.executable, ROOT / "train.py", *tiny], subprocess.PIPE
     process = subprocess.Popen(command, env={**os.environ, **team}, stderr=pipe)
-    while True:
-        assert process.poll() is None
-        with socket.socket() as caller:
-            if not caller.connect_ex(("127.0.0.1", port)):
-                break
-        time.sleep(0.05)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    try:
+        while True:
+            assert process.poll() is None
+            with socket.socket() as caller:
+                if not caller.connect_ex(("127.0.0.1", port)):
+                    break
+            time.sleep(0.05)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert process.returncode in (-signal.SIGINT, 130) and b"Traceback" not in err
 
 

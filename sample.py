@@ -138,6 +138,7 @@ def compile_for(model: GPT, length: int) -> bool:
 
 def check() -> None:
     """Raises ValueError for settings out of range, and for flags that change nothing."""
+    check_model(init_from, out_dir)
     if init_from != "resume":
         refuse(f"with init_from={init_from}", "out_dir")
     if interactive:
@@ -147,7 +148,6 @@ def check() -> None:
         refuse("with temperature=0, which draws nothing", *how)
     at_least(settings_of(globals()), num_samples=1, max_new_tokens=1, top_k=0, seed=0)
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    check_model(init_from, out_dir)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from run.gpu import missing_kernels, refused_gpu
 # How CUDA, Triton, cuBLAS, cuDNN, mps and the CPU's allocator say that memory is short.
 SHORT_OF_MEMORY = (
     *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
-    *("can't allocate memory", "not enough memory"),
+    *("can't allocate memory", "not enough memory", "size calculation overflowed"),
 )
 
 

@@ -10,6 +10,7 @@ from formats.listing import KINDS
 from text.files import path_of
 from text.tokens import dataset_folder
 
+MOST = {"num_hidden_layers": 10_000}  # beyond, it would take hours to find that none fit
 LEAST = {  # setting -> smallest value
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers"), 1),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 1),
@@ -49,6 +50,9 @@ def check(settings: Mapping[str, Any]) -> None:
     """Raises ValueError that lists every setting out of range and every pair that does not fit."""
     s = settings
     problems = too_small(s, LEAST)
+    problems += [
+        f"{n} must be at most {high}, not {s[n]}" for n, high in MOST.items() if s[n] > high
+    ]
     for name in ("beta1", "beta2"):
         if not 0 <= s[name] < 1:
             problems.append(f"{name} must be at least 0 and below 1, not {s[name]}")

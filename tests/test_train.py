@@ -331,6 +331,7 @@ def test_the_windows_of_an_evaluation_do_not_depend_on_the_micro_batch():
         (["config/nothing.py"], ["config/nothing.py"], 2),
         (["--gradient_accumulation_steps=40"], ["tokens_per_step ="], 2),
         (["--batch_size=0"], ["batch_size must be at least 1"], 1),
+        (["--num_hidden_layers=10001"], ["num_hidden_layers must be at most 10000"], 1),
         (["--tokens_per_step=250"], ["tokens_per_step=250", "224 or 256"], 1),
         (["--eval_interval=0", "--beta2=1"], ["eval_interval", "beta2"], 1),
         (["--eval_windows=0", "--eval_iters=-1"], ["eval_windows", "eval_iters"], 1),

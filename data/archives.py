@@ -6,6 +6,7 @@ Nothing is written to disk.
 import gzip
 import io
 import lzma
+import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -93,11 +94,11 @@ class Unpacked(io.RawIOBase):
 
 
 def tar_members(f: io.BufferedIOBase, where: str) -> Iterator[tuple[str, int, Any]]:
-    """Name, size and stream of a tar's regular files. Raises BadData where it ends too early.
+    """Name, size and stream of a tar's files; None for the stream of a link, which is not followed.
 
-    Only regular files are looked at, by name alone. A tar that was cut between two members reads
-    like a shorter one, so the two zero blocks at its end are asked for, and the stream is read to
-    its own end.
+    Raises BadData where it ends too early. Files are looked at by name alone. A tar that was cut
+    between two members reads like a shorter one, so the two zero blocks at its end are asked for,
+    and the stream is read to its own end.
     """
     tail = Tail(f)
     stream_of = {"fileobj": tail, "mode": "r|", "tarinfo": SmallHeader}
@@ -106,7 +107,9 @@ def tar_members(f: io.BufferedIOBase, where: str) -> Iterator[tuple[str, int, An
             if member.isreg():
                 stream = tar.extractfile(member)
                 assert stream is not None
-                yield member.name, member.size, stream
+                yield member.name.replace("\\", "/"), member.size, stream
+            elif not member.isdir():
+                yield member.name, 0, None
             tar.members = []  # tarfile keeps every header otherwise
     while tail.read(BLOCK):
         pass
@@ -137,18 +140,24 @@ class Tail:
 
 
 def zip_names(file: str) -> list[str]:
-    """The names of a zip's files, in its order."""
+    """The names of a zip's files, in its order; no links."""
     with zipfile.ZipFile(file) as archive:
-        return [m.filename for m in archive.infolist() if not m.is_dir()]
+        members = [m for m in archive.infolist() if not m.is_dir()]
+    return [name_of(m) for m in members if not stat.S_ISLNK(m.external_attr >> 16)]
+
+
+def name_of(member: zipfile.ZipInfo) -> str:
+    """The path of a member, with / also where Windows programs wrote another."""
+    return member.filename.replace("\\", "/")
 
 
 def zip_members(file: str, names: set[str]) -> Iterator[tuple[str, int, Any]]:
     """Name, packed size and stream of those files of a zip. A bad one raises when it is read."""
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
-            if member.filename not in names:
+            if name_of(member) not in names:
                 continue
-            yield member.filename, member.compress_size, ZipStream(archive, member, file)
+            yield name_of(member), member.compress_size, ZipStream(archive, member, file)
 
 
 class ZipStream(io.RawIOBase):

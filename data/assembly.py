@@ -19,6 +19,7 @@ from text.files import write
 from text.split import Ints, Split, cut_at, is_uneven, split_parts, val_share
 from text.tokenizer import StreamDecoder, Tokenizer
 
+TOO_LITTLE = "the source is one document of a word or two: too little to split"
 NEAR = 4096  # tokens in which a new line is looked for, to cut a document there
 SYNC_SHARE = 0.02  # of train.bin may be on the disk twice while it grows
 
@@ -56,6 +57,8 @@ def assemble(
             if path.stat().st_size != one["tokens"] * np.dtype(dtype).itemsize:
                 raise ValueError(f"{path} is damaged: delete {work}")
     cut = cut_at(lengths, fraction, seed) if val_from is None else 0
+    if documents == 1 and not cut and val_from is None:
+        raise ValueError(TOO_LITTLE)
     if cut:
         return {"val_fraction": fraction, "splits": split_end(work, paths, tables, tok, cut)}
     split = split_parts([table[:, 0] for table in tables], fraction, seed, val_from)
@@ -233,7 +236,7 @@ def place_to_cut(near: NDArray[Any], tok: Tokenizer) -> int:
         if text and not decoder.in_character and "\ufffd" not in text:
             between = between or i
     if not between:
-        raise ValueError("the source is one document of a word or two: too little to split")
+        raise ValueError(TOO_LITTLE)
     return between
 
 

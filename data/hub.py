@@ -4,12 +4,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data.parts import FULL, READ, Part, Source, content, is_hidden, kind, listed
-from data.splits import Chosen, choose
+from data.parts import FULL, READ, Part, Source, listed
+from data.splits import Chosen, choose, of_one_kind, readable, reasons
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCUMENTS = 8_013_769
-ORDER = ("parquet", "lines", "json", "table", "text", "arrow", "tar", "zip")  # what is preferred
 HUB_ATTEMPTS = 6  # of a download, with pauses of 1, 2, 4 ... seconds
 CONVERTED = "refs/convert/parquet"  # the branch that the Hub makes by itself
 
@@ -25,6 +24,8 @@ def hub_source(
     from huggingface_hub import HfApi
 
     repo = name.removeprefix("hub:")
+    if not repo:
+        raise ValueError("source=hub: names no dataset; write --source=hub:USER/NAME")
     problem = None
     for at in [revision] if revision else ["", CONVERTED]:
         try:
@@ -33,18 +34,18 @@ def hub_source(
             problem = problem or e
             continue
         sizes = {f.rfilename: f.size or 0 for f in info.siblings or []}
-        files = [f for f in sizes if kind(f) and not is_hidden(f) and "/" + f.lower() not in ABOUT]
+        files, left = readable(sorted(sizes))
         if not files:
             continue
         if at == CONVERTED:  # its folders are the subsets
             files = of_subset(files, subset)
         configs = info.card_data.get("configs") if info.card_data else None
-        chosen = choose(sorted(files), split, val_split, subset, configs)
+        chosen = choose(files, split, val_split, subset, configs)
         if any(f"partial-{split}/" in f for f in chosen.train):
             print(
                 f"WARNING: the Hub has converted only a part of {repo}; you get no more than that"
             )
-        return source_of(name, repo, str(info.sha), chosen, sizes)
+        return source_of(name, repo, str(info.sha), chosen, sizes, left)
     if problem is not None:
         if (cached := in_cache(repo, revision)) is not None:
             return cached
@@ -54,9 +55,6 @@ def hub_source(
             "--local-dir=FOLDER) and give --source=FOLDER; --source=stdlib needs no network"
         ) from problem
     raise ValueError(f"{repo} on the Hub has no files that are read here: {READ}")
-
-
-ABOUT = ("/readme.md", "/license.md", "/license.txt", "/dataset_infos.json", "/dataset_info.json")
 
 
 def of_subset(files: list[str], subset: str) -> list[str]:
@@ -69,24 +67,27 @@ def of_subset(files: list[str], subset: str) -> list[str]:
     return [f for f in files if not subset or f.startswith(f"{subset}/")]
 
 
-def source_of(name: str, repo: str, sha: str, chosen: Chosen, sizes: dict[str, int]) -> Source:
-    """A source of the files that were chosen, of the kind that is preferred among them."""
-    best = min((content(f) for f in chosen.train), key=ORDER.index)
-    train = [f for f in chosen.train if content(f) == best]
-    val = [f for f in chosen.val if content(f) == best] or chosen.val
+def source_of(
+    name: str,
+    repo: str,
+    sha: str,
+    chosen: Chosen,
+    sizes: dict[str, int],
+    left: dict[str, list[str]],
+) -> Source:
+    """A source of the files that were chosen; left: those that hold no text."""
+    chosen, rest = of_one_kind(chosen)
     parts = [
-        Part((f,), i, sizes[f], repo=repo, revision=sha, val=i >= len(train))
-        for i, f in enumerate([*train, *val])
+        Part((f,), i, sizes[f], repo=repo, revision=sha, val=i >= len(chosen.train))
+        for i, f in enumerate([*chosen.train, *chosen.val])
     ]
-    others = {f"of split {s}" if s else "of no split": fs for s, fs in chosen.others.items()}
-    if rest := sorted({*chosen.train} - {*train}):
-        others["of other kinds"] = rest
-    said = [f"{repo} at {sha[:7]}: {len(train)} files for training"]
-    if others:
-        said.append(f"left out: {listed(others)}")
+    left = left | reasons(chosen) | ({"of other kinds": rest} if rest else {})
+    said = [f"{repo} at {sha[:7]}: {len(chosen.train)} files for training"]
+    if left:
+        said.append(f"left out: {listed(left)}")
     documents = OPENWEBTEXT_DOCUMENTS if repo.lower() == OPENWEBTEXT.lower() else None
-    counts = {why: len(fs) for why, fs in others.items()}
-    return Source(name, parts, len(train), sha, documents, said, counts, chosen.named)
+    counts = {why: len(fs) for why, fs in left.items()}
+    return Source(name, parts, len(chosen.train), sha, documents, said, counts)
 
 
 def in_cache(repo: str, revision: str) -> Path | None:

@@ -34,6 +34,7 @@ READ += ".tar or .zip"
 MIB = 2**20
 SMALLEST_PART = 2 * MIB  # of a source; larger sources have larger parts, about PARTS of them
 PARTS = 1024
+MARKED = 2**16  # bytes at either end of a file that its mark is of
 # Bytes of text per byte on the disk, about
 EXPANSION = {".gz": 2.5, ".zst": 2.5, ".xz": 3.0, ".tgz": 2.5, ".zip": 2.5, ".parquet": 1.4}
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # a full disk, a quota
@@ -82,6 +83,7 @@ class Part:
     repo: str = ""  # Hub dataset that the file is downloaded from
     revision: str = ""  # commit of the Hub dataset
     val: bool = False  # of the split that --val_split names
+    mark: int = 0  # of what the files hold, as far as their first and last bytes tell
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,6 @@ class Source:
     documents: int | None = None  # how many there should be
     said: list[str] = field(default_factory=list)  # what was chosen and what was left out
     left_out: dict[str, int] = field(default_factory=dict)  # files that are not read, by kind
-    named: bool = False  # the files' names, or a card, say which split they are of
 
 
 class Note(NamedTuple):
@@ -134,7 +135,7 @@ def local_parts(files: list[Path], reading: Reading) -> list[Part]:
     size = max(SMALLEST_PART, sum(sizes) // PARTS)
     parts: list[Part] = []
     for shard, (path, length) in enumerate(zip(files, sizes, strict=True)):
-        whole = Part((str(path),), shard, length)
+        whole = Part((str(path),), shard, length, mark=mark_of(path, length))
         last = parts[-1] if parts else None
         suffix, small = kind(path.name), last is not None and last.size + length <= size
         if suffix in (".jsonl", ".ndjson") and length > size and not reading.encoding:
@@ -145,10 +146,26 @@ def local_parts(files: list[Path], reading: Reading) -> list[Part]:
         elif suffix == ".parquet" and length > size:
             parts += parquet_parts(whole, size)
         elif last and small and not last.end and is_plain_text(path) and is_plain_text(last):
-            parts[-1] = replace(last, files=(*last.files, str(path)), size=last.size + length)
+            parts[-1] = replace(
+                last,
+                files=(*last.files, str(path)),
+                size=last.size + length,
+                mark=zlib.crc32(whole.mark.to_bytes(4, "little"), last.mark),
+            )
         else:
             parts.append(whole)
     return parts
+
+
+def mark_of(path: Path, size: int) -> int:
+    """A checksum of the first and the last bytes of a file: an edit shows, mostly."""
+    try:
+        with open(path, "rb") as f:
+            head = f.read(MARKED)
+            f.seek(max(len(head), size - MARKED))
+            return zlib.crc32(f.read(MARKED), zlib.crc32(head))
+    except OSError:  # said when it is read
+        return 0
 
 
 def is_plain_text(file: Path | Part) -> bool:
@@ -202,6 +219,13 @@ def listed(left_out: dict[str, list[str]]) -> str:
 def suffix_of(name: str) -> str:
     """A file's suffix for people: ".pdf", or "without a suffix"."""
     return Path(name).suffix.lower() or "without a suffix"
+
+
+def fingerprint(found: Source) -> str:
+    """What must be the same for a finished dataset to be that of a source, wherever it lies."""
+    parts = [(p.shard, p.start, [Path(f).name for f in p.files], p.size) for p in found.parts]
+    marks = [p.mark for p in found.parts]
+    return f"{zlib.crc32(repr((parts, marks)).encode()):08x}"
 
 
 def identity(part: Part) -> Any:

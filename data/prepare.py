@@ -42,8 +42,8 @@ import numpy as np
 from configurator import configure, refuse, settings_of
 from data import sources
 from data.assembly import assemble, publish
-from data.parts import FULL, Reading, Source, kind
-from data.readers import template_fields
+from data.parts import FULL, Reading, Source, content, fingerprint, kind
+from data.readers import ROWS, UTF8, template_fields
 from data.sniff import OF_FILES, OF_HUB, check_separator, no_separator, refuse_unfit
 from data.verify import check_folder
 from data.vocabulary import train_bpe
@@ -109,11 +109,13 @@ def prepare(out: Path, name: str) -> None:
         return
     saved = unfinished(work, plan, overwrite)
     if saved is None and not overwrite and is_complete(out, asked):
+        check_same_source(out)
         print(f"{out} is complete already (--overwrite=True prepares it again)")
         return
 
     how = reading()
-    found = sources.find(source, how, subset, (saved or {}).get("revision") or revision, val_split)
+    at = (saved or {}).get("revision") or revision
+    found = sources.find(source, how, subset, at, val_split, out)
     refuse_unfit(source, found, how)
     if not merge:
         for line in found.said:
@@ -139,7 +141,7 @@ def prepare(out: Path, name: str) -> None:
             job_name = tok.name if tok.json_text is None else "tokenizer.json"
             job = Job(str(work), job_name, tok.json_text, tok.eot, how, skip_bad, most)
             if (work / "assembly.json").exists():
-                raise ValueError(f"{source} has changed meanwhile; add --overwrite=True")
+                raise ValueError(f"{source} is not what it was; start over with --overwrite=True")
             encode_parts(todo, have, job, processes, chosen)
 
     meta = description(found, tok, name)
@@ -207,7 +209,8 @@ def unfinished(work: Path, plan: dict[str, Any], anew: bool) -> dict[str, Any] |
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return None
     if saved is not None and not same:
-        changed = ", ".join(k for k in plan if plan[k] != saved["plan"].get(k))
+        keys = [*plan, *(saved["plan"].keys() - plan.keys())]
+        changed = ", ".join(k for k in keys if plan.get(k) != saved["plan"].get(k))
         raise ValueError(
             f"{work} holds an unfinished run with another {changed}; finish that, choose another "
             "--dataset, or start over with --overwrite=True"
@@ -217,6 +220,12 @@ def unfinished(work: Path, plan: dict[str, Any], anew: bool) -> dict[str, Any] |
 
 def is_complete(out: Path, asked: dict[str, Any]) -> bool:
     """Whether the dataset is there. Raises ValueError when it is another one."""
+    there = [path for path in (out / "train.bin", out / "val.bin") if path.exists()]
+    if there and not (out / "meta.json").exists():
+        raise ValueError(
+            f"{there[0]} is there, without a meta.json: another program made it; choose another "
+            "--dataset, or replace it with --overwrite=True"
+        )
     if not (out / "meta.json").exists() or not (out / "train.bin").exists():
         return False
     meta = json.loads((out / "meta.json").read_bytes())
@@ -226,6 +235,19 @@ def is_complete(out: Path, asked: dict[str, Any]) -> bool:
             "or replace it with --overwrite=True"
         )
     return True
+
+
+def check_same_source(out: Path) -> None:
+    """Raises ValueError when the files of a source are not those that a dataset was made of."""
+    before = json.loads((out / "meta.json").read_bytes()).get("fingerprint")
+    if before is None or source.startswith("hub:") or not path_of(source).exists():
+        return
+    found = sources.find(source, reading(), subset, revision, val_split, out)
+    if fingerprint(found) != before:
+        raise ValueError(
+            f"{out} is complete, but was made of other files than {source} holds now; choose "
+            "another --dataset, or replace it with --overwrite=True"
+        )
 
 
 def selected(found: Source, chosen: str, merging: bool) -> tuple[list[int], list[int]]:
@@ -317,6 +339,7 @@ def description(found: Source, tok: Tokenizer, name: str) -> dict[str, Any]:
         "source": source,
         "revision": found.revision,
         "split_seed": seed,
+        "fingerprint": fingerprint(found),
         "request": request(name),
     }
     if tok.json_text is not None:
@@ -347,9 +370,12 @@ def finish(
     meta["partial"] = len(numbers) < len(found.parts) or bool(limit and tokens > limit)
     meta["skipped"] = skipped
     notes = noted(facts.values())
-    if separator and source != "stdlib" and not notes.pop("separators", None):
+    if not notes.pop("separators", None) and separator and not limit:
         raise no_separator(source, reading())
-    meta["left_out"] = found.left_out | {why: note["count"] for why, note in notes.items()}
+    if not notes.pop(ROWS, None) and archives_alone(found):
+        refuse("on archives without files of rows", "text_column", "template")
+    dropped = {why: note["count"] for why, note in notes.items() if not why.startswith(UTF8)}
+    meta["left_out"] = found.left_out | dropped
     meta |= assemble(work, facts, tok, limit, val_fraction, seed)
     write(work / "meta.json", json.dumps(meta, indent=2) + "\n", MARK)
     publish(out)
@@ -362,9 +388,17 @@ def finish(
     for one in skipped:
         print(f"left out {one['count']}: {'; '.join(one['first'][:3])}")
     for why, note in notes.items():
-        print(f"left out {note['count']} {why}: {', '.join(note['first'][:3])}")
+        verb = "" if why.startswith(UTF8) else "left out "
+        print(f"{verb}{note['count']} {why}: {', '.join(note['first'][:3])}")
+    if limit and tokens > 2 * limit:
+        print(f"max_tokens={max_tokens}, but documents are taken whole: there are {tokens:,}")
     for s, f in meta["splits"].items():
         print(f"{out / s}.bin: {f['tokens']:,} tokens, {f['documents']:,} documents")
+
+
+def archives_alone(found: Source) -> bool:
+    """Whether a source is only archives."""
+    return {content(f) for part in found.parts for f in part.files} in ({"tar"}, {"zip"})
 
 
 def noted(facts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

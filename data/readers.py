@@ -35,6 +35,8 @@ from text.files import utf8_decoder
 
 MAX_LINE = 64 * MIB  # bytes of one .jsonl line, or of one text of a .parquet or .arrow
 MAX_MEMBER = 16 * MIB  # bytes of one text of OpenWebText's archives
+UTF8 = "read as UTF-8, which they are"
+ROWS = "files of rows in archives"  # of a note that tells that a column was asked for
 IN_ARCHIVES = ("text", "lines", "json", "table", "tar")  # what can be read as a stream
 
 # What a reader yields: a text, a text in blocks (a long file), damage, or a note.
@@ -64,6 +66,8 @@ def documents(part: Part, reading: Reading, folder: Path) -> Iterator[Document]:
 def file_documents(part: Part, file: str, reading: Reading) -> Iterator[Document]:
     """The documents of one file; see `documents`."""
     what = content(file)
+    if what in ("tar", "zip") and splits.split_in(Path(file).name):
+        reading = replace(reading, split="all")  # it was chosen by its own name
     try:
         if what == "parquet":
             yield from parquet_documents(file, reading, part.start, part.end)
@@ -89,7 +93,9 @@ def stream_documents(
         cleaned = kind(where) == ".xz"  # a piece of OpenWebText's own download
         yield from tar_documents(f, where, reading, cleaned)
         return
-    if reading.encoding:
+    if reading.encoding and encoding.is_utf8(peek(f)):
+        yield Note(f"{UTF8}, not in {reading.encoding}", where)
+    elif reading.encoding:
         f = io.BufferedReader(encoding.AsUtf8(f, reading.encoding, where))
     if what == "text":
         yield from text_documents(f, where, reading.separator)
@@ -101,11 +107,19 @@ def stream_documents(
         yield from table_documents(f, where, reading)
 
 
+def peek(f: io.BufferedIOBase) -> bytes:
+    """The next bytes of a stream, some or many, which stay there."""
+    assert isinstance(f, io.BufferedReader)
+    return f.peek(1)
+
+
 def damage(where: str, e: Exception) -> BadData:
     """An error of a library as one line that names the file."""
     if isinstance(e, BadData):
         return e
     text = " ".join(str(e).split()) or type(e).__name__
+    if text.startswith(where):
+        return BadData(text)
     return BadData(f"{where} is damaged or truncated: {text[:200]}")
 
 
@@ -123,22 +137,24 @@ def text_documents(f: io.BufferedIOBase, where: str, separator: str) -> Iterator
     except DAMAGE as e:
         yield damage(where, e)
         return
+    if head and head[0].count("\0") > len(head[0]) / 4:
+        yield BadData(f"{where} has zero bytes between letters{encoding.hint(head[0].encode())}")
+        return
     yield "".join(head) if len(head) < 2 else itertools.chain(head, blocks)
 
 
 def text_blocks(f: io.BufferedIOBase, where: str) -> Iterator[str]:
     """UTF-8 text in blocks, without a byte order mark, newlines as \\n. Raises BadData."""
-    utf8 = utf8_decoder()
-    seen = 0
+    utf8, seen, last = utf8_decoder(), 0, b""
     while True:
         try:
             data = f.read(BLOCK)
-            seen += len(data)
+            seen, last = seen + len(data), data or last
             text = utf8.decode(data, final=not data)
         except UnicodeDecodeError as e:
             place = seen - len(e.object) + e.start
             raise BadData(
-                f"{where} is not UTF-8 text ({e.reason} at byte {place}){encoding.hint(e.object)}"
+                f"{where} is not UTF-8 text ({e.reason} at byte {place}){encoding.hint(last)}"
             ) from e
         except DAMAGE as e:
             raise damage(where, e) from e
@@ -215,7 +231,8 @@ def text_of(row: Any, reading: Reading, where: str) -> str:
 def named(value: Any) -> str:
     """What kind of thing a value is, for people."""
     kinds = {type(None): "null", list: "a list", dict: "an object", bool: "true or false"}
-    return kinds.get(type(value), "a number" if isinstance(value, int | float) else "no text")
+    number = "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
+    return kinds.get(type(value), number)
 
 
 def value_in(row: Any, column: str, where: str) -> Any:
@@ -224,10 +241,13 @@ def value_in(row: Any, column: str, where: str) -> Any:
         return row[column]
     value = row
     for name in column.split("."):
+        if value is None and row is not None:
+            return None
         if not isinstance(value, dict) or name not in value:
             there = ", ".join(map(str, row)) if isinstance(row, dict) else named(row)
             raise BadData(
-                f"{where}: no text in column {column!r} (there: {there[:200]}); set --text_column"
+                f"{where}: no text in column {column!r} (there: {there[:200]}); set --text_column "
+                "or --template"
             )
         value = value[name]
     return value
@@ -301,11 +321,9 @@ def lines_before(file: str, start: int) -> int:
 
 def json_documents(f: io.BufferedIOBase, where: str, reading: Reading) -> Iterator[Document]:
     """The rows of a .json: one array of them, or one after another, a line each or not."""
-    assert isinstance(f, io.BufferedReader)
-    head = f.peek(1).removeprefix(b"\xef\xbb\xbf").lstrip()
-    first = head.split(b"\n", 1)[0]
-    try:
-        lines = first[:1] != b"[" and (first == head or json.loads(first) is not None)
+    first, newline, _ = peek(f).removeprefix(b"\xef\xbb\xbf").partition(b"\n")
+    try:  # a first line that is a row: bad ones can be told apart then
+        lines = bool(newline) and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
         lines = False
     if lines:
@@ -478,10 +496,11 @@ def check_columns(file: str, reading: Reading, schema: Any) -> list[str]:
     names = columns(reading)
     for name in names:
         top, *below = [name] if name in schema.names else name.split(".")
-        if top not in schema.names:
+        if schema.names.count(top) != 1:
+            problem = "several columns" if top in schema.names else "no column"
             raise WrongSetting(
-                f"{file} has no column {name!r}; it has {', '.join(schema.names)[:200]}: "
-                "set --text_column"
+                f"{file} has {problem} {name!r}; it has {', '.join(schema.names)[:200]}: "
+                "set --text_column or --template"
             )
         what = schema.field(top).type
         for step in below:
@@ -533,44 +552,58 @@ def tar_documents(
 
     cleaned: as the script that came with OpenWebText read its pieces, with the same clean-up.
     """
+    groups: dict[str, str] = {}  # of the files that were seen, by split: one by name
     for name, size, member in archives.tar_members(f, where):
-        if why := left_out(name, reading):
+        why = "link in an archive" if member is None else left_out(name, reading, cleaned)
+        split = splits.UNNAMED if cleaned else splits.split_in(name)
+        if not why or why.startswith("of "):
+            groups.setdefault(split, name)
+        if not why and reading.split == "train" and {"train", splits.UNNAMED} <= groups.keys():
+            raise WrongSetting(
+                f"{where} has files of the train split ({groups['train']}) and files of no split "
+                f"({groups[splits.UNNAMED]}): add --split=all, or take them apart"
+            )
+        if why:
             yield Note(why, f"{where}:{name}")
         elif cleaned and name.endswith(".txt"):
             yield cleaned_text(member, f"{where}:{name}")
         else:
             yield from member_documents(member, size, f"{where}:{name}", reading)
+    if groups and not any(splits.is_of(reading.split, name) for name in groups.values()):
+        there = ", ".join(s or "files of no split" for s in sorted(groups))
+        raise WrongSetting(f"{where}: there is no split {reading.split!r}; there is: {there}")
 
 
 def zip_documents(file: str, reading: Reading) -> Iterator[Document]:
     """The texts of a zip, in its order."""
     names = archives.zip_names(file)
-    read = [n for n in names if not left_out(n, replace(reading, split="all"))]
+    read = [n for n in names if not left_out(n, replace(reading, split="all"), False)]
     try:
         wanted = {*splits.choose(read, reading.split).train} if read else set[str]()
     except ValueError as e:
         raise WrongSetting(f"{file}: {e}") from e
     for name in names:
         if name not in wanted:
-            yield Note(left_out(name, reading) or "of no split", f"{file}:{name}")
+            yield Note(left_out(name, reading, False) or "of no split", f"{file}:{name}")
     for name, size, member in archives.zip_members(file, wanted):
         yield from member_documents(member, size, f"{file}:{name}", reading)
 
 
-def left_out(name: str, reading: Reading) -> str:
-    """Why a file of an archive is not read, "" if it is."""
+def left_out(name: str, reading: Reading, cleaned: bool) -> str:
+    """Why a file of an archive is not read, "" if it is. cleaned: OpenWebText's have no splits."""
     if is_hidden(name):
         return "hidden"
     if kind(name) is None or content(name) not in IN_ARCHIVES:
         return f"{suffix_of(name)} in an archive"
-    split, wanted = splits.split_in(name), splits.SPLIT_OF.get(reading.split, reading.split)
-    if wanted in (split, "all") or (wanted == "train" and split == splits.UNNAMED):
+    if cleaned or splits.is_of(reading.split, name):
         return ""
-    return f"of split {split}" if split else "of no split"
+    return f"of split {split}" if (split := splits.split_in(name)) else "of no split"
 
 
 def member_documents(member: Any, size: int, where: str, reading: Reading) -> Iterator[Document]:
     """The documents of a file in an archive, that has `size` bytes there."""
+    if content(where) not in ("text", "tar"):
+        yield Note(ROWS, where)
     try:
         yield from stream_documents(archives.unpacked_stream(member, size, where), where, reading)
     except WrongSetting:

@@ -36,8 +36,6 @@ def refuse_unfit(name: str, found: Source, reading: Reading) -> None:
         refuse("on files of this disk", "revision")
         if path_of(name).is_file():
             refuse("on a single file", "subset", "val_split", *(() if archived else ("split",)))
-        elif not found.named and not archived:
-            refuse("on files whose names say no split", "split")
 
 
 def check_separator(name: str, found: Source, reading: Reading) -> None:

@@ -4,28 +4,15 @@ What is found is said: which files are read, which are left out and why.
 """
 
 import glob
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
 from data.hub import OPENWEBTEXT, OPENWEBTEXT_DOCUMENTS, hub_source
-from data.parts import (
-    MIB,
-    READ,
-    Part,
-    Reading,
-    Source,
-    content,
-    is_hidden,
-    kind,
-    listed,
-    local_parts,
-    suffix_of,
-)
-from data.splits import CARD, choose, folder_configs, is_card, split_in
+from data.parts import MIB, READ, Part, Reading, Source, kind, listed, local_parts
+from data.splits import choose, folder_configs, of_one_kind, readable, reasons, split_in
 from text.files import path_of
-
-BOOKKEEPING = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def find(
@@ -34,19 +21,23 @@ def find(
     subset: str = "",
     revision: str = "",
     val_split: str = "",
+    out: Path | None = None,
 ) -> Source:
     """The source called "stdlib", "hub:NAME", or a path: a file, a folder or a pattern with *.
 
-    Raises OSError or ValueError, one line with what to type, when there is nothing to read.
+    out: the folder of the dataset that is made, which is none of the source. Raises OSError or
+    ValueError, one line with what to type, when there is nothing to read.
     """
     if name == "stdlib":
         return Source(name, [Part((), 0, 2 * MIB)], 1)
+    if not name:
+        raise ValueError("source is empty; write --source=PATH, hub:USER/NAME or stdlib")
     if name.startswith("hub:"):
         found = hub_source(name, subset, reading.split, revision, val_split)
         if isinstance(found, Source):
             return found
         repo = name.removeprefix("hub:")
-        local = local_source(found, reading, subset, val_split, whole=repo == OPENWEBTEXT)
+        local = local_source(found, reading, subset, val_split, out, whole=repo == OPENWEBTEXT)
         said = [f"the Hub does not answer: the copy in {found} is read", *local.said]
         return replace(local, name=name, revision=found.name, said=said)
     path = path_of(name)
@@ -57,32 +48,49 @@ def find(
         if kind(path.name) is None:
             raise ValueError(f"{path} must be {READ}")
         return Source(str(path.resolve()), local_parts([path], reading), 1)
-    return local_source(path, reading, subset, val_split)
+    return local_source(path, reading, subset, val_split, out)
 
 
 def local_source(
-    path: Path, reading: Reading, subset: str, val_split: str, whole: bool = False
+    path: Path,
+    reading: Reading,
+    subset: str,
+    val_split: str,
+    out: Path | None,
+    whole: bool = False,
 ) -> Source:
     """The files of a folder or pattern. whole: it is a copy of all of OpenWebText."""
-    base = path
-    while glob.has_magic(str(base)):
-        base = base.parent
+    base, left = path, dict[str, list[str]]()
     if path.is_dir():
-        paths = [p for p in path.rglob("*") if p.is_file()]
+        paths = files_below(path)
     else:
-        paths = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
-    names, left = readable(base, [p.relative_to(base).as_posix() for p in sorted(paths)])
+        while glob.has_magic(str(base)):
+            base = base.parent
+        paths = [p for p in map(Path, glob.glob(str(path), recursive=True)) if not p.is_dir()]
+    if out is not None:
+        if base.resolve() == out.resolve():
+            raise ValueError(f"{path} is the dataset's own folder; choose another --dataset")
+        paths = [p for p in paths if out.resolve() not in p.resolve().parents]
+    if odd := sorted(p.relative_to(base).as_posix() for p in paths if not p.is_file()):
+        left["that are no files (links to nothing, pipes)"] = odd
+    there = [p.relative_to(base).as_posix() for p in sorted(paths) if p.is_file()]
+    names, others = readable(there)
+    left |= others
     if not names:
         some = f"; there is: {listed(left)}" if left else ""
         raise ValueError(f"{path} holds no {READ} files{some}")
-    if not path.is_dir() and len({split_in(n) for n in names}) == 1:
-        chosen = choose(names, "all")  # a pattern that says itself which
-    else:
-        try:
+    pattern = path.relative_to(base).as_posix()
+    try:
+        if not path.is_dir() and split_in(pattern):  # it says itself which
+            if val_split or subset or reading.split not in ("train", "all"):
+                raise ValueError("a pattern that names a split takes no other; name the folder")
+            chosen = choose(names, "all")._replace(named=False)
+        else:
             chosen = choose(names, reading.split, val_split, subset, folder_configs(base))
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from e
-    left |= {f"of split {s}" if s else "of no split": fs for s, fs in chosen.others.items()}
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    chosen, rest = of_one_kind(chosen)
+    left |= reasons(chosen) | ({"of other kinds": rest} if rest else {})
     files = [base / n for n in chosen.train]
     original = len(files) == 21 and all(p.name.startswith("urlsf_subset") for p in files)
     whole |= original or (path.is_dir() and path.resolve().name.lower() == "openwebtext")
@@ -98,29 +106,28 @@ def local_source(
         said.append("--split=NAME reads another split, --split=all all of them")
     documents = OPENWEBTEXT_DOCUMENTS if whole else None
     counts = {why: len(fs) for why, fs in left.items()}
-    where = str(path.resolve())
-    return Source(where, parts, len(files), None, documents, said, counts, chosen.named)
+    return Source(str(path.resolve()), parts, len(files), None, documents, said, counts)
 
 
-def readable(base: Path, names: list[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Of the files of a folder those that hold text, and the others by why they are left out."""
-    kept: list[str] = []
-    left: dict[str, list[str]] = {}
-    for name in names:
-        if is_hidden(name):
-            left.setdefault("hidden", []).append(name)
-        elif kind(name) is None:
-            left.setdefault(suffix_of(name), []).append(name)
-        elif name.split("/")[-1] in BOOKKEEPING:
-            left.setdefault("of the datasets library", []).append(name)
-        else:
-            kept.append(name)
-    rows = any(content(n) != "text" for n in kept)
-    about = [n for n in kept if n.split("/")[-1] == CARD and (rows or is_card(base / n))]
-    if about and len(about) < len(kept):
-        left["about the data"] = about
-        kept = [n for n in kept if n not in about]
-    return kept, left
+def files_below(folder: Path) -> list[Path]:
+    """All that lies below a folder but folders, behind links to folders, too.
+
+    Raises OSError for a folder that cannot be read.
+    """
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(here, name) for name in names]
+    return found
+
+
+def fail(e: OSError) -> None:
+    """What os.walk has met is not passed over."""
+    raise e
 
 
 def counted(files: list[str]) -> str:

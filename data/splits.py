@@ -10,15 +10,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.parts import kind
+from data.parts import content, is_hidden, kind, suffix_of
+from text.files import named_reason
 
 NAMES = {  # what people call the splits
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "train": ("train", "training", "trainset"),
+    "validation": ("validation", "valid", "val", "dev", "devset", "valset", "heldout", "holdout"),
+    "test": ("test", "testing", "testset", "eval", "evaluation"),
 }
 SPLIT_OF = {word: split for split, words in NAMES.items() for word in words}
 UNNAMED = ""  # the group of the files whose names say no split
+OTHER = "*"  # the group of the files of another subset, or of none that a card has
+BOOKKEEPING = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+ABOUT = ("readme.md", "readme.txt", "license.md", "license.txt")  # beside the data
+ORDER = ("parquet", "arrow", "lines", "json", "table", "text", "tar", "zip")  # what is preferred
 MAX_CARD = 2**20  # bytes of a README.md that are looked at
 CARD = "README.md"
 
@@ -32,32 +37,31 @@ class Chosen(NamedTuple):
     named: bool  # names or a card say which split the files are of
 
 
-def words_of(name: str) -> list[str]:
-    """The words of a file's or folder's name, without what numbers its shards."""
-    return [w for w in re.split(r"[^a-z]+", name.lower()) if w and w not in ("of", "part", "shard")]
-
-
 def split_in(path: str) -> str:
     """The split that a file's path (with /) names, UNNAMED where it names none.
 
-    It is the first or the last word of the file's name, or the whole name of a folder.
+    Any word of the file's name may say it, or of a folder's, the nearest first; case and what
+    stands between the words do not matter.
     """
-    *folders, name = path.split("/")
-    name = name[: len(name) - len(kind(name) or "")]
-    words = words_of(name)
-    for word in [*words[:1], *words[-1:]]:
-        if word in SPLIT_OF:
-            return SPLIT_OF[word]
-    for folder in reversed(folders):
-        words = words_of(folder)
-        if len(words) == 1 and words[0] in SPLIT_OF:
-            return SPLIT_OF[words[0]]
+    name = path[: len(path) - len(kind(path) or "")].lower()
+    for piece in reversed(name.split("/")):
+        for word in re.findall("[a-z]+", piece):
+            if word in SPLIT_OF:
+                return SPLIT_OF[word]
     return UNNAMED
 
 
 def has_word(word: str, path: str) -> bool:
-    """Whether a path has a word, bounded by other than letters and digits."""
-    return re.search(rf"(^|[/_.-]){re.escape(word)}([/_.-]|$)", path) is not None
+    """Whether a path has a word, bounded by other than letters and digits, in any case."""
+    bounded = rf"(^|[^a-z0-9]){re.escape(word.lower())}([^a-z0-9]|$)"
+    return re.search(bounded, path.lower()) is not None
+
+
+def is_of(split: str, path: str) -> bool:
+    """Whether a file alone is of a split that is asked for, by its path."""
+    named, wanted = split_in(path), SPLIT_OF.get(split, split)
+    plain = named == UNNAMED and wanted == "train"
+    return wanted in ("all", named) or plain or (wanted not in NAMES and has_word(split, path))
 
 
 def choose(
@@ -69,6 +73,7 @@ def choose(
     what there is.
     """
     groups, place = grouped(files, subset, configs), {f: i for i, f in enumerate(files)}
+    rest = sorted({*files} - {f for fs in groups.values() for f in fs})
     train = [f for fs in groups.values() for f in fs] if split == "all" else members(groups, split)
     val = members(groups, val_split) if val_split else []
     used = {*train, *val}
@@ -76,6 +81,8 @@ def choose(
         raise ValueError(f"val_split={val_split} is what is trained on, too: name another split")
     train, val = sorted({*train}, key=place.__getitem__), sorted({*val}, key=place.__getitem__)
     others = {s: left for s, fs in groups.items() if (left := sorted({*fs} - used))}
+    if rest:
+        others[OTHER] = rest
     return Chosen(train, val, others, [*groups] != [UNNAMED])
 
 
@@ -129,18 +136,15 @@ def declared(files: list[str], configs: Any) -> dict[str, dict[str, list[str]]]:
     for config in configs if isinstance(configs, list) else []:
         if not isinstance(config, dict):
             continue
-        name, data, base = (
-            config.get("config_name"),
-            config.get("data_files"),
-            config.get("data_dir"),
-        )
+        data, base = config.get("data_files"), config.get("data_dir")
+        base = f"{base.strip('/')}/" if isinstance(base, str) and base.strip("/") else ""
         groups: dict[str, list[str]] = {}
         for split, patterns in split_patterns(data):
-            groups.setdefault(split, []).extend(matching(files, patterns))
-        if data is None and isinstance(base, str):
-            for file in matching(files, [f"{base.strip('/')}/**"]):
+            groups.setdefault(split, []).extend(matching(files, [base + p for p in patterns]))
+        if data is None and base:
+            for file in matching(files, [f"{base}**"]):
                 groups.setdefault(split_in(file), []).append(file)
-        found[str(name or "default")] = groups
+        found[str(config.get("config_name") or "default")] = groups
     return found
 
 
@@ -165,13 +169,19 @@ def texts_in(value: Any) -> list[str]:
 
 
 def matching(files: list[str], patterns: list[str]) -> list[str]:
-    """The files that a card's patterns name: * stops at /, ** does not."""
-    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    """The files that a card's patterns name: * stops at /, ** does not; a folder is all in it."""
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     found = []
     for pattern in patterns:
-        pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
-        regex = re.compile("".join(parts.get(p) or re.escape(p) for p in pieces))
-        found += [f for f in files if regex.fullmatch(f) and f not in found]
+        pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[\w-]+\])", pattern.removeprefix("./").rstrip("/"))
+        regex = "".join(
+            known.get(p) or (p if p[:1] == "[" and p[-1:] == "]" else re.escape(p)) for p in pieces
+        )
+        try:
+            one = re.compile(f"{regex}(/.*)?" if len(pieces) == 1 else regex)
+        except re.error:  # a range such as [9-1]
+            continue
+        found += [f for f in files if one.fullmatch(f) and f not in found]
     return found
 
 
@@ -187,9 +197,11 @@ def folder_configs(folder: Path) -> Any:
 
             return (metadata_load(card) or {}).get("configs")
     except Exception as e:  # a stranger's file, and yaml's errors are of no common class
-        print(
-            f"WARNING: {saved if saved.is_file() else card} is not understood ({type(e).__name__})"
-        )
+        where = saved if saved.is_file() else card
+        raise ValueError(
+            f"{where} is not understood ({named_reason(e)}); mend it or take it away, or name the "
+            "files by a pattern"
+        ) from e
     return None
 
 
@@ -197,4 +209,44 @@ def is_card(path: Path) -> bool:
     """Whether a file is the card of a dataset: a README.md that begins with metadata."""
     if path.name != CARD or path.stat().st_size > MAX_CARD:
         return False
-    return path.read_bytes().lstrip().startswith(b"---")
+    return path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"---")
+
+
+def readable(names: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Of the files of a dataset those that hold text, and the others by why they are left out."""
+    kept: list[str] = []
+    left: dict[str, list[str]] = {}
+    for name in names:
+        if is_hidden(name):
+            left.setdefault("hidden", []).append(name)
+        elif kind(name) is None:
+            left.setdefault(suffix_of(name), []).append(name)
+        elif name.split("/")[-1] in BOOKKEEPING:
+            left.setdefault("of the datasets library", []).append(name)
+        else:
+            kept.append(name)
+    about = [n for n in kept if n.lower() in ABOUT]
+    if about and len(about) < len(kept):
+        left["about the data"] = about
+        kept = [n for n in kept if n not in about]
+    return kept, left
+
+
+def of_one_kind(chosen: Chosen) -> tuple[Chosen, list[str]]:
+    """The files of a dataset with splits in the kind that is preferred, and those of others.
+
+    Other kinds hold the same rows again, or what is told about them.
+    """
+    if not chosen.named or not chosen.train:
+        return chosen, []
+    best = min(map(content, chosen.train), key=ORDER.index)
+    rest = [f for f in chosen.train if content(f) != best]
+    val = [f for f in chosen.val if content(f) == best] or chosen.val
+    train = [f for f in chosen.train if content(f) == best]
+    return chosen._replace(train=train, val=val), rest + [f for f in chosen.val if f not in val]
+
+
+def reasons(chosen: Chosen) -> dict[str, list[str]]:
+    """The files that were not chosen, by why they are left out."""
+    names = {UNNAMED: "of no split", OTHER: "of another subset"}
+    return {names.get(s, f"of split {s}"): files for s, files in chosen.others.items()}

@@ -11,6 +11,7 @@ from data.assembly import file_facts
 from data.workers import COPY
 from text.foreign import LLMC_HEADER
 from text.tokenizer import Tokenizer, get_tokenizer
+from text.tokens import read_meta
 
 LLMC_MAGIC = 20240520  # of llm.c's shards of GPT-2 tokens
 SHOWN = 40  # tokens at each of three places
@@ -19,10 +20,11 @@ SHOWN = 40  # tokens at each of three places
 def check_folder(out: Path) -> None:
     """Read a dataset folder again and print what it holds. Raises ValueError for any mismatch.
 
-    Without meta.json the bins are taken for GPT-2 tokens, with llm.c's header if they have it.
+    Without meta.json the bins are taken for what training takes them for, with llm.c's header if
+    they have it.
     """
     made = out / "meta.json"
-    meta: dict[str, Any] = {"tokenizer": "gpt2", "dtype": "uint16", "splits": {}}
+    meta = {} if made.exists() else read_meta(out)
     if made.exists():
         try:
             meta = json.loads(made.read_text(encoding="utf-8"))
@@ -55,6 +57,8 @@ def check_split(
     problems: list[str] = []
     seen = {"tokens": 0, "documents": 0, "max_id": 0}
     for path in files:
+        if not path.stat().st_size:
+            return [f"{path.name} is empty"]
         head = np.fromfile(path, dtype="<i4", count=3)
         with_header = len(head) == 3 and head[0] == LLMC_MAGIC
         skip = LLMC_HEADER // np.dtype("uint16").itemsize if with_header else 0

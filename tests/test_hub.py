@@ -244,7 +244,8 @@ def test_a_checkpoint_of_nanogpt_is_named_as_one(script, tmp_path, dataset):
         out = tmp_path / ("out" if name == "resume" else "new")
         for command in ("train.py", "sample.py"):
             flags = [f"--dataset={dataset}"] if command == "train.py" else []
-            result = script(command, f"--init_from={name}", f"--out_dir={out}", *flags)
+            flags += [f"--out_dir={out}"] if command == "train.py" or name == "resume" else []
+            result = script(command, f"--init_from={name}", *flags)
             assert result.code == 1 and len(result.err.splitlines()) == 1
             for word in ("ckpt.pt, which nanoGPT wrote", *GPT2):
                 assert word in result.err

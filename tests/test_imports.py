@@ -261,7 +261,7 @@ def check_files(folder, case, tok, trained):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_ends_and_begins_a_text_survives(script, tmp_path, name):
+def test_what_ends_and_begins_a_text_survives(script, tmp_path, name, tiny_config):
     """Import, conversion, fine-tuning and export; a text stops where transformers stops."""
     case, base, data, tuned = CASES[name], *(tmp_path / n for n in ("base", "data", "tuned"))
     tok = case.make()
@@ -297,7 +297,7 @@ def test_what_ends_and_begins_a_text_survives(script, tmp_path, name):
     assert meta["eot"] == train[-1] == eot and (train == eot).sum() == 380
     assert came.tok.encode(TEXT) == train[: len(train) // 380 - 1].tolist()
 
-    flags = [*TINY, f"--dataset={data}", f"--out_dir={tuned}", f"--init_from=hf:{base}"]
+    flags = [str(tiny_config), f"--dataset={data}", f"--out_dir={tuned}", f"--init_from=hf:{base}"]
     flags += ["--max_iters=1", "--warmup_iters=0", "--learning_rate=1e-5", "--min_lr=1e-6"]
     result = script("train.py", *flags, "--eval_iters=1")
     assert result.code == 0, result.err
@@ -442,7 +442,7 @@ def cut_and_padded(tok):
 
 
 @pytest.mark.parametrize("habit", [template, both_ends, in_a_sequence, roberta, cut_and_padded])
-def test_a_model_trained_here_is_exported_as_it_was_trained(script, tmp_path, habit):
+def test_a_model_trained_here_is_exported_as_it_was_trained(script, tmp_path, habit, tiny_config):
     """With <s> before each text the loss through AutoTokenizer was another one than ours."""
     tok = habit(byte_level("<s>", "</s>"))
     tok.save(str(tmp_path / "tokenizer.json"))
@@ -471,7 +471,7 @@ def test_a_model_trained_here_is_exported_as_it_was_trained(script, tmp_path, ha
     assert script("export.py", f"--out_dir={out}", "--to=gguf").code == 0
     assert not gguf_file(out / "model-f32.gguf")[0]["tokenizer.ggml.add_bos_token"]
     # and that export is in the same tokens as the data, whatever the latter's file adds
-    flags = [*TINY, f"--dataset={data}", f"--init_from=hf:{out / 'hf'}", "--max_iters=1"]
+    flags = [str(tiny_config), f"--dataset={data}", f"--init_from=hf:{out / 'hf'}", "--max_iters=1"]
     result = script("train.py", *flags, "--warmup_iters=0", f"--out_dir={tmp_path / 'next'}")
     assert result.code == 0, result.err
 
@@ -535,15 +535,16 @@ def test_a_tokenizer_that_is_not_there(script, tmp_path, name, words):
         assert word in result.err
 
 
-def test_data_that_ends_documents_as_the_model_does_not(script, tmp_path):
+def test_data_that_ends_documents_as_the_model_does_not(script, tmp_path, tiny_config):
     """The same tokens, but the end of text of neither is the other's: refused, and told how."""
     case = CASES["chat eos, pad is the usual end of text"]
     make_model(tmp_path / "base", case, case.make())
     case.make().save(str(tmp_path / "tokenizer.json"))
     _, guessed = prepared(script, tmp_path / "guessed", tmp_path / "tokenizer.json")
-    for name, more in (("train.py", TINY), ("evaluate.py", [])):
+    where = f"--out_dir={tmp_path / 'out'}"
+    for name, more in (("train.py", [tiny_config, where]), ("evaluate.py", [])):
         flags = [*more, f"--dataset={guessed}", f"--init_from=hf:{tmp_path / 'base'}"]
-        result = script(name, *flags, f"--out_dir={tmp_path / 'out'}")
+        result = script(name, *flags)
         assert result.code == 1 and "ends a text with 2 ('<|im_end|>')" in result.err
         assert "documents end with 0 ('<|endoftext|>')" in result.err
     file = tmp_path / "tokenizer.json"
@@ -553,14 +554,19 @@ def test_data_that_ends_documents_as_the_model_does_not(script, tmp_path):
     assert result.code == 0, result.err
 
 
-def test_data_may_end_documents_with_any_id_that_ends_a_text(script, tmp_path):
+def test_data_may_end_documents_with_any_id_that_ends_a_text(script, tmp_path, tiny_config):
     """A chat model's text ends with two ids; data of before ended with the usual one."""
     case = CASES["Qwen3, a list in config.json"]
     make_model(tmp_path / "base", case, case.make())
     case.make().save(str(tmp_path / "tokenizer.json"))
     result, data = prepared(script, tmp_path / "d", tmp_path / "tokenizer.json")
     assert "0 ('<|endoftext|>')" in result.out
-    flags = [*TINY, f"--dataset={data}", f"--init_from=hf:{tmp_path / 'base'}", "--max_iters=1"]
+    flags = [
+        str(tiny_config),
+        f"--dataset={data}",
+        f"--init_from=hf:{tmp_path / 'base'}",
+        "--max_iters=1",
+    ]
     result = script("train.py", *flags, "--warmup_iters=0", f"--out_dir={tmp_path / 'out'}")
     assert result.code == 0, result.err
     tok = pretrained.load("resume", str(tmp_path / "out")).tok
@@ -603,7 +609,7 @@ def test_an_id_that_no_token_has_is_no_end_of_text(tmp_path):
     assert (tok.eot, tok.ends, tok.bos, tok.vocab_size) == (400, {400}, None, 401)
 
 
-def test_nested_statements_survive_a_checkpoint(script, tmp_path):
+def test_nested_statements_survive_a_checkpoint(script, tmp_path, tiny_config):
     """Files of strangers may hold anything: as text it is carried, not walked through."""
     case = CASES["Llama 2"]
     make_model(tmp_path / "base", case, case.make())
@@ -614,7 +620,12 @@ def test_nested_statements_survive_a_checkpoint(script, tmp_path):
     )
     result, data = prepared(script, tmp_path / "d", tmp_path / "base")
     assert result.code == 0, result.err
-    flags = [*TINY, f"--dataset={data}", f"--init_from=hf:{tmp_path / 'base'}", "--max_iters=1"]
+    flags = [
+        str(tiny_config),
+        f"--dataset={data}",
+        f"--init_from=hf:{tmp_path / 'base'}",
+        "--max_iters=1",
+    ]
     result = script("train.py", *flags, "--warmup_iters=0", f"--out_dir={tmp_path / 'out'}")
     assert result.code == 0, result.err
     entry = {"name": "bytes", "vocab_size": 257, "json": None}

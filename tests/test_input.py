@@ -181,17 +181,24 @@ def test_a_card_says_what_the_splits_and_subsets_are(script, tmp_path):
 def test_names_that_say_a_split():
     for name in ("train.txt", "a/train/0.txt", "x_train.jsonl", "train-00-of-01.csv", "TRAIN.TXT"):
         assert splits.split_in(name) == "train"
-    for name in ("dev.txt", "valid.en.txt", "a.val.jsonl.gz", "validation/a.md", "en_dev_1.txt"):
-        assert splits.split_in(name) == "validation"
-    for name in ("test.csv", "eval.jsonl", "b/testing/x.txt"):
-        assert splits.split_in(name) == "test"
     for name in (
-        "contest.txt",
-        "trainer.md",
-        "a/developer/b.txt",
-        "how-to-test-drive.md",
-        "book.txt",
+        "dev.txt",
+        "valid.en.txt",
+        "a.val.jsonl.gz",
+        "validation/a.md",
+        "en_dev_1.txt",
+        "dev-clean/a.txt",
     ):
+        assert splits.split_in(name) == "validation"
+    for name in (
+        "test.csv",
+        "eval.jsonl",
+        "b/testing/x.txt",
+        "Wiki Test2 raw.txt",
+        "split=test/p.md",
+    ):
+        assert splits.split_in(name) == "test"
+    for name in ("contest.txt", "trainer.md", "a/developer/b.txt", "values.csv"):
         assert splits.split_in(name) == ""
 
 
@@ -502,7 +509,9 @@ def test_a_damaged_byte_is_replaced_when_asked(script, tmp_path):
 
 def test_guesses():
     assert guess("text".encode("utf-16")) == "utf-16" and guess("text".encode("utf-32")) == "utf-32"
-    assert guess(b"") in ("", "ascii", "utf-8")
+    assert (
+        guess(b"") == "" and guess(b"some text \xff" * 1 + b"more of it " * 200) == "utf-8:replace"
+    )
 
 
 # --- separators

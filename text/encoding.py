@@ -24,12 +24,15 @@ def guess(data: bytes) -> str:
         if data.startswith(mark):
             return name
     data = data[:LOOKED_AT]
+    if not data:
+        return ""
     zeros = [data[i::2].count(0) for i in range(2)]
     if sum(zeros) > len(data) / 4:
         return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
     text = data.decode("utf-8", "replace")
     beyond = sum(not c.isascii() for c in text)
-    if text.count("\ufffd") <= max(1, FEW * beyond) < beyond:
+    bad = text.count("\ufffd")
+    if bad <= max(1, FEW * beyond) < beyond or bad <= len(text) / 1000:
         return "utf-8" + REPLACE
     from charset_normalizer import from_bytes  # a moment, and only where something is wrong
 
@@ -58,6 +61,15 @@ def check(encoding: str) -> None:
         ) from e
 
 
+def is_utf8(data: bytes) -> bool:
+    """Whether the first bytes of a text are UTF-8, and more than ASCII, which is in most others."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return not data.isascii()
+
+
 class AsUtf8(io.RawIOBase):
     """The bytes of a text in another encoding, as UTF-8. Raises ValueError where it is not."""
 
@@ -79,7 +91,9 @@ class AsUtf8(io.RawIOBase):
                 text = self.decoder.decode(data, final=self.ended)
             except UnicodeError as e:
                 near = max(0, self.seen - len(data))
-                raise ValueError(f"{self.where} is not {self.name} text (after byte {near})") from e
+                raise ValueError(
+                    f"{self.where} is not {self.name} text (after byte {near}){hint(data)}"
+                ) from e
             self.waiting = text.encode("utf-8", "replace")
         out, self.waiting = self.waiting[: len(buffer)], self.waiting[len(buffer) :]
         buffer[: len(out)] = out

@@ -458,7 +458,7 @@ def hugging_face(
 
     with named(where):
         plain_bytes = bytes_of_tokens(tok, spec)
-        prefix = added_before(tok) if own else ()
+        prefix = added_before(tok, spec) if own else ()
 
     def token_bytes(i: int, first: bool) -> bytes:
         with named(where):
@@ -506,10 +506,16 @@ def end_of_text(tok: Any, spec: dict[str, Any], where: str, wanted: int | str | 
     raise ValueError(f"{where} has no token {wanted!r}; it has, for example, {', '.join(near)}")
 
 
-def added_before(tok: Any) -> tuple[int, ...]:
+def probe(spec: dict[str, Any]) -> str:
+    """A letter that a tokenizer.json has a token for, to see what becomes of a text."""
+    known = characters.alphabet(spec)
+    return min(known) if known and "a" not in known else "a"
+
+
+def added_before(tok: Any, spec: dict[str, Any]) -> tuple[int, ...]:
     """The ids that a `tokenizers.Tokenizer` puts before a text of its own accord."""
-    plain = tok.encode("a", add_special_tokens=False).ids
-    whole = tok.encode("a").ids
+    plain = tok.encode(probe(spec), add_special_tokens=False).ids
+    whole = tok.encode(probe(spec)).ids
     starts = range(len(whole) - len(plain) + 1 if plain else 0)
     return tuple(whole[: next((i for i in starts if whole[i : i + len(plain)] == plain), 0)])
 
@@ -554,7 +560,7 @@ def bytes_of_tokens(tok: Any, spec: dict[str, Any]) -> Callable[[int, bool], byt
     byte_level, byte_fallback = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
     table = byte_characters()
     to_bytes = str.maketrans(table)
-    before = tok.encode("a", add_special_tokens=False).ids
+    before = tok.encode(probe(spec), add_special_tokens=False).ids
     text_before = tok.decode(before, skip_special_tokens=False)
 
     def token_bytes(i: int, first: bool) -> bytes:

@@ -397,6 +397,7 @@ def test_long_rows_of_json_come_in_pieces(script, tmp_path):
         ("a.zip", zip_of([("a.pdf", "x")]), ["no documents"]),
         ("a.zip", zip_of([("test.txt", "x")]), ["a.zip", "'train'", "test"]),
     ],
+    ids=lambda v: v if isinstance(v, str) else "x",  # a zip has the time in it
 )
 def test_damaged_forms(script, tmp_path, name, data, words):
     (tmp_path / name).write_bytes(data)

@@ -114,7 +114,7 @@ def measure_items(
         try:
             asked.append(ask(found.tok, context, answers, window))
         except ValueError as e:
-            raise ValueError(f"item {i}: {e}") from e
+            raise ValueError(f"{file or task} item {i}: {e}") from e
     questions = [q for parts in asked for q in parts]
     scores = iter(measure(found, questions, found.tok.vocab_size, machine))
     return [[s for _ in parts for s in next(scores)] for parts in asked]

@@ -30,6 +30,7 @@ from run.records import read_records
 from run.settings import check_model
 from text.files import path_of, write
 from text.tokenizer import Tokenizer
+from text.tokens import are_facts
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is exported
@@ -157,6 +158,8 @@ def model_card(
     if "dataset" in settings:
         data = {"dataset": Path(str(settings["dataset"])).name}
         for split, found in splits.items():
+            if not isinstance(found, dict) or not are_facts(found):
+                continue
             data[split] = ", ".join(
                 f"{found[k]:,} {k}" for k in ("tokens", "documents", "bytes") if found.get(k)
             )
@@ -198,7 +201,9 @@ def table(title: str, rows: dict[str, Any]) -> list[str]:
 
 def read_losses(run: Path) -> list[dict[str, Any]]:
     """The records with a validation loss in a run's metrics.jsonl."""
-    return [r for r in read_records(run / "metrics.jsonl") if "val_loss" in r]
+    needed = ("iter", "tokens", "val_loss")
+    found = read_records(run / "metrics.jsonl")
+    return [r for r in found if None not in map(r.get, needed)]
 
 
 def upload(target: Path, names: list[str]) -> str:

@@ -28,10 +28,9 @@ from model import GPT
 from run import script
 from run.compiling import why_not_compile
 from run.gpu import unused_gpu
-from run.log import printable
 from run.machine import Machine, choose_attention, describe, find_machine
 from run.settings import at_least, check_model
-from text.files import path_of, read_text
+from text.files import path_of, printable, read_text
 from text.tokenizer import StreamDecoder, Tokenizer
 
 # what

@@ -7,7 +7,10 @@ from typing import Any
 
 from bench.gpu_probe import GIB
 from plan.report import RESERVE
+from text.files import whole
 
+# Figures in bytes, of which the table of memory is made
+MEMORY = ("planned", "peak", "context", "gaps", "eager_peak", "eager_context", "eager_gaps")
 Result = dict[str, Any]  # of a step: facts, checks, figures, note; in the file with KEYS
 KEYS: dict[str, Any] = {
     **{"step": int, "name": str, "card": str, "tiny": bool, "torch": str, "seconds": int | float},
@@ -26,9 +29,35 @@ def read_report(path: Path) -> list[Result]:
         for i, row in enumerate(found, 1):
             if bad := [k for k, kind in KEYS.items() if not isinstance(row.get(k), kind)]:
                 raise ValueError(f"result {i} has no {', '.join(bad)}, or another kind of it")
-    except (ValueError, AttributeError) as e:
+            if not is_result(row):
+                raise ValueError(f"result {i} has values that no step measures")
+    except (ValueError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path} is no report of this bench ({e}); choose another --report") from e
     return found
+
+
+def is_result(row: Any) -> bool:
+    """Whether a row out of a file has what the tables are made of."""
+    if not isinstance(row, dict) or not isinstance(row.get("figures"), dict):
+        return False
+    figures = [v for k in MEMORY if (v := row["figures"].get(k)) is not None]
+    seconds = row.get("seconds", 0)
+    facts, checks = row.get("facts", []), row.get("checks", {})
+    return (
+        whole(row.get("step"))
+        and isinstance(row.get("card"), str)
+        and isinstance(row.get("tiny"), bool)
+        and isinstance(row.get("name", ""), str)
+        and "passed" in row
+        and isinstance(row["passed"], bool | None)
+        and type(seconds) in (int, float)
+        and 0 <= seconds < 2**48
+        and isinstance(facts, list)
+        and isinstance(checks, dict)
+        and all(isinstance(f, str) for f in facts)
+        and all(type(v) in (int, float) and 0 <= v < 2**63 for v in figures)
+        and row["figures"].get("planned") != 0
+    )
 
 
 def newest(results: Iterable[Result], card: str, tiny: bool) -> dict[int, Result]:

@@ -54,7 +54,7 @@ from run.folder import Held, Lock
 from run.settings import at_least
 from text import encoding as encodings
 from text import stated
-from text.files import path_of, write
+from text.files import path_of, read_json, write
 from text.tokenizer import Tokenizer, get_tokenizer
 from text.tokens import dataset_folder
 
@@ -228,7 +228,7 @@ def is_complete(out: Path, asked: dict[str, Any]) -> bool:
         )
     if not (out / "meta.json").exists() or not (out / "train.bin").exists():
         return False
-    meta = json.loads((out / "meta.json").read_bytes())
+    meta = read_json(out / "meta.json")
     if meta.get("request") != asked:
         raise ValueError(
             f"{out} holds {meta.get('source')!r} or other settings; choose another --dataset, "

@@ -1,7 +1,6 @@
 """A dataset folder read again: counts, hashes and the range of the ids against its meta.json."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from data.assembly import file_facts
 from data.workers import COPY
+from text.files import SHORT
 from text.foreign import LLMC_HEADER
 from text.tokenizer import Tokenizer, get_tokenizer
 from text.tokens import read_meta
@@ -23,14 +23,7 @@ def check_folder(out: Path) -> None:
     Without meta.json the bins are taken for what training takes them for, with llm.c's header if
     they have it.
     """
-    made = out / "meta.json"
-    meta = {} if made.exists() else read_meta(out)
-    if made.exists():
-        try:
-            meta = json.loads(made.read_text(encoding="utf-8"))
-            np.dtype(meta["dtype"]), str(meta["tokenizer"]), dict(meta["splits"])
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{made} is not what data/prepare.py writes ({e!r})") from e
+    made, meta = out / "meta.json", read_meta(out)
     if "parts" in meta:
         raise ValueError(f"{out} holds shares that are not merged: --merge=True, then --verify")
     tok = get_tokenizer(meta["tokenizer"], out)
@@ -49,7 +42,12 @@ def check_split(
     out: Path, name: str, facts: dict[str, Any], dtype: str, tok: Tokenizer
 ) -> list[str]:
     """Print what the files of a split hold; the problems found. facts: what meta.json says."""
-    files = [out / f for f in facts.get("files", [])]
+    names = facts.get("files", [])
+    if not isinstance(names, list) or not all(
+        isinstance(f, str) and f == Path(f).name for f in names
+    ):
+        return [f"{name}: meta.json names no files, but {SHORT.repr(names)}"]
+    files = [out / f for f in names]
     files = files or [p for p in [out / f"{name}.bin"] if p.exists()]
     files = files or sorted({*out.glob(f"{name}_*.bin"), *out.glob(f"*_{name}_*.bin")})
     if not files:
@@ -65,6 +63,9 @@ def check_split(
         found = file_facts(path, dtype, skip)
         if skip and found["tokens"] - skip != head[2]:
             problems.append(f"{path.name}: header says {head[2]:,} tokens")
+        if found["tokens"] <= skip:
+            problems.append(f"{path.name} has no tokens")
+            continue
         ids = np.memmap(path, dtype=dtype, mode="r")[skip:]
         seen["tokens"] += len(ids)
         seen["max_id"] = max(seen["max_id"], found["max_id"])

@@ -24,7 +24,7 @@ from data import readers
 from data.parts import BadData, Note, Part, Reading, identity, text_size
 from text.files import replacing, write
 from text.split import Ints
-from text.tokenizer import Tokenizer, get_tokenizer
+from text.tokenizer import Tokenizer, get_tokenizer, well_formed
 
 BATCH = 2**20  # characters encoded together
 COPY = 2**22  # tokens copied at a time
@@ -200,7 +200,7 @@ def count(documents: int, text_bytes: int, tokens: int) -> None:
 
 def utf8_bytes(text: str) -> int:
     """Bytes of a text in UTF-8."""
-    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+    return len(text) if text.isascii() else len(well_formed(text).encode())
 
 
 def token_type(vocab_size: int) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from formats.listing import PARTS, checkpoints
 from formats.pack import finite
-from text.files import reason, replacing
+from text.files import SHORT, line_of, reason, replacing
 
 
 def save(path: Path, saved: dict[str, Any]) -> None:
@@ -91,7 +91,21 @@ def load(path: Path, whole: bool = True) -> dict[str, Any]:
         )
     if not isinstance(saved["model"], dict) or not isinstance(saved.get("model_args", {}), dict):
         raise ValueError(f"{path} is not a checkpoint: its 'model' or 'model_args' is no dict")
+    if odd := [k for k, v in saved["model"].items() if not is_weight(k, v)]:
+        raise ValueError(f"{path} is not a checkpoint: {SHORT.repr(odd[0])} is no plain tensor")
     return saved
+
+
+def is_weight(name: Any, value: Any) -> bool:
+    """Whether an entry of a state dict is a name and a plain tensor of floats, with its numbers."""
+    return (
+        isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.is_floating_point()
+        and not value.is_quantized
+    )
 
 
 def of_run(out_dir: Path) -> list[Path]:
@@ -120,5 +134,5 @@ def load_newest(out_dir: Path, whole: bool = True) -> tuple[Path, dict[str, Any]
         try:
             return path, load(path, whole), problems
         except ValueError as e:
-            problems.append(str(e))
+            problems.append(line_of(e))
     raise ValueError("no good checkpoint: " + "; ".join(problems))

@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from formats.hub import PREFIX
 from formats.others import GPT2, TAKEN, instead
 from model import GPT, GPTConfig
 from text import stated
-from text.files import read_json, replacing
+from text.files import SHORT, read_json, replacing
 from text.tokenizer import Tokenizer, byte_characters, get_tokenizer, gpt2_ranks
 
 
@@ -59,8 +58,6 @@ FAMILIES = {  # by model_type; all but Qwen3 are Llamas by another name
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 MAX_CONTEXT = 2**20  # tokens; the tables of positions are that long,
 MAX_TABLE = 2**27  # numbers in one: a million tokens with heads of 128
-SHORT = reprlib.Repr()  # for values in messages
-SHORT.maxstring = 80
 # A repository's files that tell whether it is taken; one of weights alone has but the last.
 SMALL = (*stated.FILES, "tokenizer.json", "README.md")
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")

@@ -1,12 +1,13 @@
 """A trained model and its tokenizer, from a run, a .pt file or Hugging Face's folders."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from formats import checkpoint, hf, hub, listing, others, rebuild
 from model import GPT
-from text.files import path_of
+from text.files import SHORT, path_of
 from text.tokenizer import Tokenizer, from_saved
 
 
@@ -94,7 +95,7 @@ def load(init_from: str, out_dir: str) -> Pretrained:
     path, state, problems = read(init_from, out_dir)
     state.pop("optimizer", None)  # two thirds of the memory
     model = rebuild.load_model(path, state)
-    tok = from_saved(state.get("tokenizer"), own=not trained(state))
+    tok = tokenizer_of(state, path, own=not trained(state))
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{path} has a vocabulary of {model.config.vocab_size}, but its tokenizer {tok.name!r} "
@@ -104,6 +105,23 @@ def load(init_from: str, out_dir: str) -> Pretrained:
     return Pretrained(path, model, tok, rest, problems)
 
 
+def tokenizer_of(saved: Mapping[str, Any], path: Path, own: bool = False) -> Tokenizer:
+    """The tokenizer that a checkpoint carries or names; own: as in get_tokenizer.
+
+    Raises ValueError naming the checkpoint, OSError when GPT-2's vocabulary is not to be had.
+    """
+    entry = saved.get("tokenizer")
+    if entry is not None and not isinstance(entry, dict):
+        raise ValueError(f"{path} names no tokenizer, but {SHORT.repr(entry)}")
+    if entry and entry.get("json") is None and entry.get("name") not in ("gpt2", "bytes"):
+        name = SHORT.repr(entry.get("name"))
+        raise ValueError(f"{path} names the tokenizer {name}, but does not carry it")
+    try:
+        return from_saved(entry, own=own)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+
+
 def trained(state: dict[str, Any]) -> bool:
     """Whether a checkpoint's model was trained here, or by nanoGPT's loop; else it was imported.
 
@@ -111,7 +129,8 @@ def trained(state: dict[str, Any]) -> bool:
     so that neither a prompt nor an export of the result gets any. What the model states of its ids
     is kept all the same.
     """
-    return "iter_num" in state or not (state.get("tokenizer") or {}).get("stated")
+    entry = state.get("tokenizer")
+    return "iter_num" in state or not (isinstance(entry, dict) and entry.get("stated"))
 
 
 def mismatch(data: Tokenizer, model: Tokenizer) -> str:

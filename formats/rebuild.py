@@ -4,11 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from formats.easygpt import RENAMED_ARGS, clean_state_dict
+from formats.hf import MAX_CONTEXT, MAX_TABLE
 from formats.others import gpt2_refusal
 from model import GPT, GPTConfig
+from text.files import SHORT
 
 
 def model_config(saved: dict[str, Any], path: Path) -> GPTConfig:
@@ -16,8 +20,8 @@ def model_config(saved: dict[str, Any], path: Path) -> GPTConfig:
 
     Raises ValueError naming the fields that are missing or that this model does not have.
     """
-    given: dict[str, Any] = saved.get("model_args") or {}
-    args = {RENAMED_ARGS.get(k, k): v for k, v in given.items()}
+    given: dict[Any, Any] = saved.get("model_args") or {}
+    args = {RENAMED_ARGS.get(str(k), str(k)): v for k, v in given.items()}
     if not args:
         raise ValueError(f"{path} has no 'model_args': it does not tell the model's sizes")
     if {"n_layer", "n_embd"} <= args.keys():
@@ -29,7 +33,25 @@ def model_config(saved: dict[str, Any], path: Path) -> GPTConfig:
     problems = {"it lacks": sorted(needed - set(args)), "it has": sorted(set(args) - set(fields))}
     if any(problems.values()):
         raise ValueError(f"{path} is of another kind of model: {in_words(problems)}")
-    return GPTConfig(**args)
+    odd = [f"{k} {SHORT.repr(v)}" for k, v in args.items() if not fits(v, fields[k].type)]
+    if odd:
+        raise ValueError(f"{path} has sizes that no model has: {', '.join(odd)}")
+    try:
+        config = GPTConfig(**args)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    # the weights do not show these, and they take memory
+    positions = config.max_position_embeddings
+    if positions > MAX_CONTEXT or positions * config.head_dim > MAX_TABLE:
+        raise ValueError(f"{path} has a context of {positions}, which is not made room for")
+    return config
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value out of a file is of a field's type, and no number beyond all sizes."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, (int, float) if kind is float else int) and -1 < value < 2**40
 
 
 def in_words(problems: dict[str, list[str]]) -> str:
@@ -42,16 +64,24 @@ def in_words(problems: dict[str, list[str]]) -> str:
     return "; ".join(parts)
 
 
-def load_weights(model: GPT, saved: dict[str, Any], path: Path) -> None:
-    """Copy a checkpoint's weights into the model.
+def weights_of(saved: dict[str, Any], config: GPTConfig, path: Path) -> dict[str, Tensor]:
+    """A checkpoint's weights, once they are known to be those of a model of these sizes.
 
-    Raises ValueError listing every key that is missing, left over or of another shape.
+    Before any memory is taken. Raises ValueError listing every key that is missing, left over or of
+    another shape.
     """
     try:
-        given = clean_state_dict(saved["model"], model.config.tie_word_embeddings)
+        given = clean_state_dict(saved["model"], config.tie_word_embeddings)
     except ValueError as e:
         raise ValueError(f"{path} does not fit the model: {e}") from e
-    wanted = model.state_dict()
+    # a layer has nine tensors or more: numbers made up in model_args end here, before they cost
+    if 1000 + len(given) < config.num_hidden_layers:
+        raise ValueError(f"{path} has {len(given)} tensors, too few for its model_args")
+    try:
+        with torch.device("meta"):
+            wanted = GPT(config).state_dict()
+    except (RuntimeError, OverflowError) as e:
+        raise ValueError(f"{path} has sizes in model_args that no memory holds") from e
     shapes = {k: (tuple(given[k].shape), tuple(wanted[k].shape)) for k in wanted if k in given}
     problems = {
         "it lacks": [k for k in wanted if k not in given],
@@ -60,7 +90,11 @@ def load_weights(model: GPT, saved: dict[str, Any], path: Path) -> None:
     }
     if any(problems.values()):
         raise ValueError(f"{path} does not fit the model: {in_words(problems)}")
-    model.load_state_dict(given)
+    # numbers may be shared, as a tied head's are, but not made of next to nothing
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in given.values()}
+    if sum(t.nbytes for t in given.values()) > 3 * sum(stored.values()):
+        raise ValueError(f"{path} repeats a few numbers as large weights: not read")
+    return given
 
 
 class SkipInit(TorchFunctionMode):
@@ -78,10 +112,10 @@ class SkipInit(TorchFunctionMode):
 
 
 def build(config: GPTConfig, saved: dict[str, Any], path: Path) -> GPT:
-    """A model of these sizes with a checkpoint's weights, on the CPU. Raises as load_weights."""
+    """A model of these sizes with a checkpoint's weights, on the CPU. Raises as weights_of."""
     with SkipInit():
-        model = GPT(config)
-    load_weights(model, saved, path)
+        weights, model = weights_of(saved, config, path), GPT(config)
+    model.load_state_dict(weights)
     return model
 
 

@@ -209,7 +209,7 @@ def check(folder: Path) -> dict[str, Any]:
         if not all(isinstance(rest[k], dict) for k in ("model_args", "optimizer")):
             raise ValueError("model_args or optimizer is no object")
         rest["model"], rest["optimizer"]["state"] = {}, {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{folder} is not a finished checkpoint ({failure(e)})") from e
     try:
         there = sizes(folder)
@@ -280,7 +280,7 @@ def read_into(
             raise ValueError(f"{odd[0]} is missing or of another shape")
         load(wanted, storage_reader=reader)
         if optimizer:
-            groups = rest["optimizer"]["param_groups"]
+            groups = optimizer.state_dict()["param_groups"]  # today's, not those of a file
             optimizer.load_state_dict({"state": states, "param_groups": groups})
     except (Exception, CheckpointException) as e:
         raise ValueError(f"{folder} does not fit the model or was not read: {failure(e)}") from e

@@ -43,7 +43,7 @@ class Lock:
         self.path, self.problem = path, ""
         no_follow = getattr(os, "O_NOFOLLOW", 0)  # a link here could name any file of the user's
         handle = os.open(path, os.O_RDWR | os.O_CREAT | no_follow, 0o666)
-        self.file = os.fdopen(handle, "r+", encoding="utf-8")
+        self.file = os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
         self.holder = self.file.read(1000).strip()
         try:
             if sys.platform == "win32":

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-import unicodedata
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,6 +9,7 @@ from tqdm import tqdm
 from run.curve import Curve
 from run.records import Record, Wandb, add_record
 from run.team import is_first
+from text.files import printable
 
 
 def say(line: str) -> None:
@@ -23,15 +23,6 @@ def duration(seconds: float) -> str:
     """Seconds as 1:02:03."""
     minutes, s = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
-
-
-def printable(text: str, keep: str = "") -> str:
-    """A text for a terminal: control characters, but those in `keep`, are dots.
-
-    They would ring a bell, move the cursor, or have the terminal do what a text says.
-    """
-    control = {c for c in text if unicodedata.category(c) in ("Cc", "Cs")}
-    return "".join("·" if c in control and c not in keep else c for c in text)
 
 
 class Log:

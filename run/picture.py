@@ -21,7 +21,8 @@ def short(number: float, _: Any = None) -> str:
 
 def points(records: list[Record], key: str) -> tuple[list[float], list[float]]:
     """Tokens and values of the records that have a key."""
-    found = [(r["tokens"], r[key]) for r in records if r.get(key) is not None]
+    has = (r for r in records if None not in (r.get("tokens"), r.get(key)))
+    found = [(r["tokens"], r[key]) for r in has]
     return [x for x, _ in found], [y for _, y in found]
 
 
@@ -40,7 +41,7 @@ def draw_run(metrics: Path, image: Path, curve: Curve | None = None) -> str:
     loss.plot(*points(records, "loss"), lw=1, label="training")
     loss.plot(*points(records, "val_loss"), "o-", lw=1, ms=3, label="validation")
     if curve is not None:
-        last = max((r["tokens"] for r in records), default=0)
+        last = max(points(records, "tokens")[0], default=0)
         shown = [(t, v) for t, v in zip(curve.tokens, curve.losses, strict=True) if t <= last]
         loss.plot([t for t, _ in shown], [v for _, v in shown], "x--", c="0.4", label="reference")
     loss.set_ylabel("loss, nats per token")

@@ -11,20 +11,32 @@ from typing import Any
 from text import files
 
 Record = dict[str, Any]
+FIGURES = ("iter", "tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mfu")
 
 
 def read_records(metrics: Path) -> list[Record]:
-    """The records of metrics.jsonl; a line that a crash or a full disk cut short is left out."""
+    """The records of metrics.jsonl; what is none, as a line that a crash cut short, is left out."""
+    data = metrics.read_bytes() if metrics.exists() else b""
     records = []
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+    for line in data.split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            if is_record(record := json.loads(line)):
+                records.append(record)
     return records
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value out of a file is a record: its figures are numbers, or None."""
+    return isinstance(value, dict) and all(
+        isinstance(value[k], float) or files.whole(value[k], -(2**63), 2**63)
+        for k in FIGURES
+        if value.get(k) is not None
+    )
 
 
 def keep_records(metrics: Path, step: int) -> None:
     """Drop from metrics.jsonl what a resumed run will log again: records of `step` and later."""
-    kept = [r for r in read_records(metrics) if r["iter"] < step]
+    kept = [r for r in read_records(metrics) if (r.get("iter") or 0) < step]
     files.write(metrics, "".join(json.dumps(r) + "\n" for r in kept))
 
 

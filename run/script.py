@@ -11,7 +11,7 @@ from collections.abc import Callable
 from run import interrupt
 from run.folder import unlock
 from run.stop import watch
-from text.files import reason
+from text.files import line_of, reason
 
 
 def run(main: Callable[[], None]) -> None:
@@ -34,7 +34,7 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as e:
         if sys.flags.dev_mode:
             raise
-        print(f"{script}: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"{script}: {line_of(e)}", file=sys.stderr)
         sys.exit(getattr(e, "exit_code", 1))
     except Exception as e:
         from run.machine import is_oom

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from formats import listing, pretrained, rebuild
+from formats import checkpoint, listing, pretrained, rebuild
 from model import GPT, GPTConfig
 from run.log import say
 from run.parallel import share_optimizer
 from run.settings import changed
 from run.team import Team
-from text.tokenizer import Tokenizer, from_saved
+from text.files import whole
+from text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -110,10 +111,36 @@ class Start:
             moments = optimizer if self.resumed else None
             read_into(Path(self.parts["path"]), model, moments, self.parts["rest"])
         elif self.resumed:
-            share_optimizer(team, optimizer, self.saved.get("optimizer", {}))
+            saved = self.saved.get("optimizer", {})
+            if team.rank == 0 and not moments_fit(saved, optimizer):
+                raise ValueError(f"{self.path}: its optimizer's state is not that of its model")
+            # the groups' settings are today's, not those of a file
+            share_optimizer(
+                team, optimizer, {**optimizer.state_dict(), "state": saved.get("state", {})}
+            )
         if self.resumed and self.scaler:
             scaler.load_state_dict(self.scaler)
         self.saved = {}
+
+
+def moments_fit(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a state of AdamW as it comes out of a file is that of the optimizer's parameters."""
+    groups, states = saved.get("param_groups"), saved.get("state")
+    if not isinstance(groups, list) or not isinstance(states, dict):
+        return False
+    numbers = [g.get("params") if isinstance(g, dict) else None for g in groups]
+    if numbers != [g["params"] for g in optimizer.state_dict()["param_groups"]]:
+        return False
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    names = ("exp_avg", "exp_avg_sq")
+    return set(states) <= set(range(len(params))) and all(
+        isinstance(state, dict)
+        and set(state) == {"step", *names}
+        and all(checkpoint.is_weight(k, v) for k, v in state.items())
+        and state["step"].shape == ()
+        and all(state[name].shape == params[i].shape for name in names)
+        for i, state in states.items()
+    )
 
 
 def source_of(init_from: str, out: Path) -> str:
@@ -138,7 +165,7 @@ def find_start(
         say(f"passed over: {problem}")
     kept = saved.get("train_state")
     config = replace(rebuild.model_config(saved, path), dropout=as_set.dropout)
-    if source == "resume" and not isinstance(kept, dict):
+    if source == "resume" and not can_be_resumed(saved):
         raise ValueError(
             f"{path} is of no run that can be resumed; start a new one from it: --init_from={path} "
             "and another --out_dir"
@@ -153,6 +180,28 @@ def find_start(
         state.micro_batch = 0  # the user knows better
     origin = saved["config"]["init_from"]
     return Start(config, state, origin, path, saved, resumed=True, scaler=saved.get("scaler"))
+
+
+def can_be_resumed(saved: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has all that `contents` gives it, in the types that it has there."""
+    state, config, optimizer = (saved.get(k) for k in ("train_state", "config", "optimizer"))
+    if not (isinstance(state, dict) and isinstance(config, dict) and isinstance(optimizer, dict)):
+        return False
+    losses, best, run = (state.get(k) for k in ("recent_losses", "best_val_loss", "wandb_run_id"))
+    counts = (state.get("iter_num"), state.get("skipped", 0), state.get("micro_batch", 0))
+    windows = [config.get(k, 0) for k in ("batch_size", "eval_iters", "eval_windows")]
+    return (
+        all(map(whole, (*counts, *windows)))
+        and {"batch_size", "eval_iters"} <= config.keys()
+        and isinstance(saved.get("scaler"), dict | None)
+        and isinstance(losses if losses is not None else [], list)
+        and all(isinstance(x, int | float) for x in losses or [])
+        and isinstance(best, int | float | None)
+        and isinstance(run, str | None)
+        and isinstance(config.get("init_from"), str)
+        and isinstance(saved.get("data"), dict)
+        and isinstance(saved.get("dtype"), str)
+    )
 
 
 def model_as_set(settings: Mapping[str, Any], meta: Mapping[str, Any]) -> GPTConfig:
@@ -172,11 +221,14 @@ def check_moments(optimizer: Any, updates: int, path: Path) -> None:
     """Raises ValueError when an optimizer's state in a checkpoint is not AdamW's."""
     try:
         kept, groups = optimizer["state"], optimizer["param_groups"]
+        if not isinstance(kept, dict) or not isinstance(groups, list):  # a tensor has a length, too
+            raise TypeError
         count = sum(len(group["params"]) for group in groups)
         adamw = len(kept) == (count if updates else 0) and all(
-            {"step", "exp_avg", "exp_avg_sq"} == set(m) for m in kept.values()
+            isinstance(m, dict) and {"step", "exp_avg", "exp_avg_sq"} == set(m)
+            for m in kept.values()
         )
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
         adamw = False
     if not adamw:
         raise ValueError(
@@ -191,7 +243,7 @@ def check_same_tokenizer(saved: Mapping[str, Any], tok: Tokenizer, path: Path) -
     Raises ValueError when the model was trained with other tokens than the dataset has, or when
     its texts end with others than the dataset's documents.
     """
-    theirs = from_saved(saved.get("tokenizer"))
+    theirs = pretrained.tokenizer_of(saved, path)
     if problem := pretrained.mismatch(tok, theirs):
         raise ValueError(
             f"{path} {problem}; prepare the text with the checkpoint's tokenizer "

@@ -19,7 +19,7 @@ from run.agreement import Agreement, ShortElsewhere
 from run.curve import Curve, read_curve
 from run.evaluation import loss_sums, sample_text
 from run.health import Health
-from run.log import Log, duration, printable
+from run.log import Log, duration
 from run.machine import Machine
 from run.microbatch import MicroBatch
 from run.optim import configure_optimizer, set_hyperparameters, set_rate
@@ -31,6 +31,7 @@ from run.start import Start, TrainState, find_start, source_of
 from run.stop import Stop, Stopped
 from run.team import Team
 from text import files
+from text.files import printable
 from text.tokenizer import get_tokenizer
 
 SIZE = GPTConfig(64, 16, 32, 1, 2, 1, 8, 16)
@@ -478,7 +479,9 @@ def test_a_start_from_scratch_is_the_model_as_set(tmp_path):
 def test_a_start_from_a_checkpoint_keeps_its_sizes(tmp_path):
     model = GPT(SIZE)
     saved = {"model": model.state_dict(), "model_args": vars(SIZE) | {"dropout": 0.3}}
-    saved |= {"iter_num": 7, "best_val_loss": 2.0, "config": {"init_from": "hf:x", "batch_size": 4}}
+    config = {"init_from": "hf:x", "batch_size": 4, "eval_iters": 0}
+    saved |= {"iter_num": 7, "best_val_loss": 2.0, "config": config}
+    saved |= {"optimizer": {}, "data": {}, "dtype": "torch.float32"}
     saved |= {"train_state": {"iter_num": 7, "micro_batch": 2, "of_the_future": 1}}
     checkpoint.save(tmp_path / "ckpt_7.pt", saved)
     other = GPTConfig(64, 16, 32, 1, 2, 1, 8, 8, dropout=0.1)

@@ -5,11 +5,16 @@ import contextlib
 import io
 import json
 import os
+import reprlib
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 MAX_JSON = 2**27  # bytes; the largest tokenizer.json that people use has 35 MB
+LINE = 2000  # characters of a message; what a file holds may be of any length
+SHORT = reprlib.Repr()  # for values in messages
+SHORT.maxstring = 80
 
 
 def path_of(text: str) -> Path:
@@ -45,6 +50,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
     return value
+
+
+def whole(value: Any, low: int = 0, high: int = 2**48) -> bool:
+    """Whether a value out of a file is an int within bounds."""
+    return type(value) is int and low <= value <= high
 
 
 @contextlib.contextmanager
@@ -84,6 +94,21 @@ def sync_folder(folder: Path) -> None:
         with contextlib.suppress(OSError):  # some network disks cannot
             os.fsync(handle)
         os.close(handle)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text for a terminal: control characters, but those in `keep`, are dots.
+
+    They would ring a bell, move the cursor, or have the terminal do what a text says.
+    """
+    control = {c for c in text if unicodedata.category(c) in ("Cc", "Cs")}
+    return "".join("·" if c in control and c not in keep else c for c in text)
+
+
+def line_of(e: BaseException) -> str:
+    """What an error says, as a user reads it: one line, its middle left out if it is long."""
+    line = printable(" ".join(str(e).split()))
+    return line if len(line) <= LINE else f"{line[: LINE - 500]} ... {line[-490:]}"
 
 
 def reason(e: BaseException) -> str:

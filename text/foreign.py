@@ -1,12 +1,13 @@
 """Token files that others write: llm.c's, datatrove's, and flat ones that nothing describes."""
 
 import codecs
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from text.files import read_json, whole
 
 LLMC_HEADER = 1024  # bytes, 256 int32: magic, version, tokens; of llm.c and modded-nanogpt shards
 LLMC_TYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # by magic and version
@@ -54,12 +55,15 @@ def check_finished(logs: Path) -> None:
     plan = logs / "executor.json"
     if not plan.exists():  # logged elsewhere: the files' sizes must do
         return
-    tasks = int(json.loads(plan.read_text(encoding="utf-8"))["world_size"])
-    waiting = [i for i in range(tasks) if not (logs / "completions" / f"{i:05d}").exists()]
-    if waiting:
+    tasks: Any = read_json(plan).get("world_size")
+    if not whole(tasks):
+        raise ValueError(f"{plan} does not tell world_size, the number of datatrove's tasks")
+    done = {path.name for path in (logs / "completions").glob("[0-9]*")}
+    first = next((i for i in range(tasks) if f"{i:05d}" not in done), None)
+    if first is not None:  # a number out of a file: of any size
         raise ValueError(
-            f"{len(waiting)} of {tasks} datatrove tasks are not finished (the first is "
-            f"{waiting[0]}; {logs / 'completions'}): run its script again, it does only those"
+            f"{tasks - len(done)} of {tasks} datatrove tasks are not finished (the first is "
+            f"{first}; {logs / 'completions'}): run its script again, it does only those"
         )
 
 
@@ -72,9 +76,9 @@ def datatrove_note(path: Path) -> tuple[np.dtype[Any], int]:
     note = path.with_name(f"{path.name}.metadata")
     try:
         first, tokens = note.read_text(encoding="utf-8").splitlines()[:2]
-        width = int(first.rpartition("|")[2]) if "|" in first else 2
-        return np.dtype(f"<u{width}"), int(tokens)
-    except (OSError, ValueError, TypeError) as e:
+        width = first.rpartition("|")[2].strip() if "|" in first else "2"
+        return np.dtype({"2": "<u2", "4": "<u4"}[width]), int(tokens)
+    except (OSError, ValueError, KeyError) as e:
         raise ValueError(
             f"{note} is missing or damaged, so {path.name} is not finished; run datatrove again "
             "(with save_final_metadata=True, its default)"

@@ -219,7 +219,7 @@ def get_tokenizer(
     for other names and for files that are missing or not tokenizers.
     """
     if json_text is not None:
-        return hugging_face(json_text, "the tokenizer.json in the checkpoint", {}, eot, own)
+        return hugging_face(str(json_text), "the tokenizer.json in the checkpoint", {}, eot, own)
     if name == "gpt2":
         return gpt2(bulk)
     if name == "bytes":
@@ -229,12 +229,13 @@ def get_tokenizer(
         text = characters.to_json(characters.read(path))
         return hugging_face(text, str(path), {}, characters.EOT, own)
     if not name.endswith(".json"):
-        raise ValueError(
-            f"tokenizer must be gpt2, bytes, PATH of a tokenizer.json or its folder, not {name!r}"
-        )
+        of = f"{folder}: " if folder else ""
+        kinds = "gpt2, bytes, PATH of a tokenizer.json or its folder"
+        raise ValueError(f"{of}tokenizer must be {kinds}, not {name!r}")
     path = Path(folder or "", name)
     if path.is_dir() or not path.exists():
-        raise FileNotFoundError(f"there is no tokenizer file {path}")
+        of = f" of {folder}" if folder else ""
+        raise FileNotFoundError(f"there is no tokenizer file {path}{of}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -425,8 +426,12 @@ def hugging_face(
     with named(where):
         tok = HuggingFaceTokenizer.from_str(json_text)
         spec: dict[str, Any] = json.loads(json_text)
-    before, after = growth([spec.get("normalizer"), spec.get("pre_tokenizer")]), spec.get("decoder")
-    if max(before, growth(after)) > MAX_GROWTH:
+        before = growth([spec.get("normalizer"), spec.get("pre_tokenizer")])
+        after = growth(spec.get("decoder"))
+        added: dict[int, Any] = (
+            tok.get_added_tokens_decoder()
+        )  # by id, as the package has understood them
+    if max(before, after) > MAX_GROWTH:
         raise ValueError(f"{where} makes a flood of text of a word, replacement after replacement")
     vocabulary = tok.get_vocab(with_added_tokens=True)
     marks = stated.marks(files, vocabulary)
@@ -434,7 +439,7 @@ def hugging_face(
     tok.no_truncation()
     tok.no_padding()
     tok.encode_special_tokens = True  # their text is text
-    special = {t["id"]: t["content"] for t in spec.get("added_tokens") or [] if t["special"]}
+    special = {i: t.content for i, t in added.items() if t.special}
     special[end] = tok.id_to_token(end)
     literal = re.compile("|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))))
     special_ids = np.array(sorted(special), dtype=np.uint32)

@@ -3,7 +3,6 @@
 import bisect
 import difflib
 import itertools
-import json
 import math
 import os
 import re
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from text import characters
-from text.files import path_of
+from text.files import SHORT, path_of, read_json, whole
 from text.foreign import SCAN, check_finished, check_foreign, open_tokens
 from text.split import cut_at, split_parts, val_share
 
@@ -23,6 +22,8 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 GPT2_VOCAB = 50257
 NUMBER = re.compile("[0-9]+")
 LETTERS = 256  # ids below are single bytes for GPT-2: in any text there are others
+INDEX_TYPES = ("|u1", "<u2", "<u4", "<u8")  # of a part's .index
+LARGEST = 2**40  # tokens or bytes of a document; sums of a part's cannot overflow
 SCANS = 64  # pieces of a stream that are read to find its largest id
 
 
@@ -48,22 +49,19 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     path = folder / "meta.json"
     if path.exists():
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            if meta["dtype"] not in ("uint16", "uint32") or int(meta["vocab_size"]) < 1:
-                raise ValueError(f"dtype {meta['dtype']!r}, vocab_size {meta['vocab_size']!r}")
-            str(meta["tokenizer"]), dict(meta["splits"])
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path} is damaged ({e}); run data/prepare.py again") from e
-        found: dict[str, Any] = meta
-        return found
+        meta = read_json(path)
+        if odd := what_is_odd(meta):
+            words = ", ".join(f"{k} {SHORT.repr(meta.get(k))}" for k in odd)
+            raise ValueError(f"{path} is damaged ({words}); run data/prepare.py again")
+        return meta
     if not folder.is_dir():
         raise FileNotFoundError(missing(folder))
     if (folder / characters.FILE).exists():
         size = len(characters.read(folder / characters.FILE)) + 1  # and end-of-text
         return {"tokenizer": characters.FILE, "vocab_size": size, "dtype": "uint16", "splits": {}}
     for note in sorted(folder.glob("*/*.ds.metadata"))[:1]:
-        name = note.read_text(encoding="utf-8").partition("\n")[0].partition("|")[0]
+        first = note.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+        name = first.partition("|")[0]
         if "gpt2" not in Path(name).name:
             raise ValueError(
                 f"{note} says that the tokenizer is {name}, not gpt2: {path} is needed, "
@@ -88,6 +86,29 @@ def missing(folder: Path, split: str = "train") -> str:
     what = f"no {split}.bin in {folder}" if folder.is_dir() else f"there is no dataset {folder}"
     other = f"; there is: {near} (--dataset=...)" if near else ""
     return f"{what}; make it with: python data/prepare.py{flags}{other}"
+
+
+def what_is_odd(meta: dict[str, Any]) -> list[str]:
+    """Keys of a meta.json whose values data/prepare.py does not write."""
+    splits, fraction = meta.get("splits"), meta.get("val_fraction")
+    of_splits = splits.values() if isinstance(splits, dict) else [None]
+    holds = {
+        "tokenizer": isinstance(meta.get("tokenizer"), str),
+        "vocab_size": whole(meta.get("vocab_size"), 1, 2**32),
+        "dtype": meta.get("dtype") in ("uint16", "uint32"),
+        "splits": all(isinstance(f, dict) and are_facts(f) for f in of_splits),
+    }
+    if "parts" in meta:
+        holds["parts"] = whole(meta["parts"], 1)
+        holds["val_fraction"] = isinstance(fraction, int | float) and 0 <= fraction < 1
+        holds["split_seed"] = whole(meta.get("split_seed"))
+    return [key for key, good in holds.items() if not good]
+
+
+def are_facts(facts: dict[str, Any]) -> bool:
+    """Whether what meta.json says of a split, if anything, can be true."""
+    known = [facts[k] for k in ("bytes", "documents", "max_id") if facts.get(k) is not None]
+    return not facts or (whole(facts.get("tokens")) and all(map(whole, known)))
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -115,13 +136,14 @@ def unmerged(folder: Path, split: str, meta: dict[str, Any]) -> tuple[list[Piece
     work, count = folder / "parts", int(meta["parts"])
     if (work / "assembly.json").exists():
         raise ValueError(f"merging {work} was interrupted: run data/prepare.py --merge=True again")
-    stems = [work / f"{i:05d}" for i in range(count)]
-    missing = [stem.name for stem in stems if not stem.with_suffix(".json").exists()]
-    if missing:
+    there = {path.stem for path in work.glob("[0-9]*.json")}
+    first = next((i for i in range(count) if f"{i:05d}" not in there), None)
+    if first is not None:  # a number out of a file: of any size
         raise FileNotFoundError(
-            f"{len(missing)} of {count} parts are missing in {work} (the first is {missing[0]}); "
-            "run the other --shards=I/N of data/prepare.py"
+            f"{count - len(there)} of {count} parts are missing in {work} (the first is "
+            f"{first:05d}); run the other --shards=I/N of data/prepare.py"
         )
+    stems = [work / f"{i:05d}" for i in range(count)]
     parts = [open_part(stem, meta["dtype"]) for stem in stems]
     sizes = np.concatenate([part.table[:, 1] for part in parts])  # bytes of each document
     lengths = [part.table[:, 0] for part in parts]
@@ -155,14 +177,17 @@ def open_part(stem: Path, dtype: str) -> OpenPart:
     """The files of a part. Raises ValueError when they do not fit together."""
     path = stem.with_suffix(".bin")
     try:
-        facts = json.loads(stem.with_suffix(".json").read_bytes())
+        facts = read_json(stem.with_suffix(".json"))
+        if facts.get("index") not in INDEX_TYPES or not whole(facts.get("tokens")):
+            raise ValueError("its .json is none of data/prepare.py's")
         table = np.fromfile(stem.with_suffix(".index"), dtype=facts["index"])
         table = table.reshape(-1, 2).astype(np.int64)
         ids = open_tokens(path, dtype) if facts["tokens"] else np.zeros(0, dtype)
-        if not len(ids) == facts["tokens"] == table[:, 0].sum():
+        sane = ((table >= 0) & (table <= LARGEST)).all()
+        if not sane or not len(ids) == facts["tokens"] == table[:, 0].sum():
             raise ValueError("another length than its .json or .index says")
         val = bool(facts["part"].get("val"))
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, AttributeError) as e:
         raise ValueError(
             f"{path} is damaged ({e}); delete {stem}.json and run its --shards=I/N again"
         ) from e

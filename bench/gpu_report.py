@@ -40,7 +40,8 @@ def is_result(row: Any) -> bool:
     """Whether a row out of a file has what the tables are made of."""
     if not isinstance(row, dict) or not isinstance(row.get("figures"), dict):
         return False
-    figures = [v for k in MEMORY if (v := row["figures"].get(k)) is not None]
+    given = {k: v for k in MEMORY if (v := row["figures"].get(k)) is not None}
+    measured = [p for p in ("", "eager_") if f"{p}peak" in given]
     seconds = row.get("seconds", 0)
     facts, checks = row.get("facts", []), row.get("checks", {})
     return (
@@ -55,8 +56,9 @@ def is_result(row: Any) -> bool:
         and isinstance(facts, list)
         and isinstance(checks, dict)
         and all(isinstance(f, str) for f in facts)
-        and all(type(v) in (int, float) and 0 <= v < 2**63 for v in figures)
-        and row["figures"].get("planned") != 0
+        and all(type(v) in (int, float) and 0 <= v < 2**63 for v in given.values())
+        and all(f"{p}{k}" in given for p in measured for k in ("context", "gaps"))
+        and ("planned" not in row["figures"] or given.get("planned", 0) > 0)
     )
 
 

@@ -142,7 +142,7 @@ class Tail:
 def zip_names(file: str) -> list[str]:
     """The names of a zip's files, in its order; no links."""
     with zipfile.ZipFile(file) as archive:
-        members = [m for m in archive.infolist() if not m.is_dir()]
+        members = [m for m in archive.infolist() if m.filename and not m.is_dir()]
     return [name_of(m) for m in members if not stat.S_ISLNK(m.external_attr >> 16)]
 
 

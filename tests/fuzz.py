@@ -469,7 +469,8 @@ def use(found):
     use_tokenizer(found.tok)
     x = torch.tensor([found.tok.encode("The cat")[:8] or [found.tok.eot]])
     with torch.no_grad():
-        found.model(x % found.model.config.vocab_size)
+        size = found.model.config
+        found.model(x[:, : size.max_position_embeddings] % size.vocab_size)
 
 
 def use_tokenizer(tok):

@@ -76,18 +76,17 @@ def source_of(
     left: dict[str, list[str]],
 ) -> Source:
     """A source of the files that were chosen; left: those that hold no text."""
-    chosen, rest = of_one_kind(chosen)
+    chosen = of_one_kind(chosen)
     parts = [
         Part((f,), i, sizes[f], repo=repo, revision=sha, val=i >= len(chosen.train))
         for i, f in enumerate([*chosen.train, *chosen.val])
     ]
-    left = left | reasons(chosen) | ({"of other kinds": rest} if rest else {})
+    left = left | reasons(chosen)
     said = [f"{repo} at {sha[:7]}: {len(chosen.train)} files for training"]
     if left:
         said.append(f"left out: {listed(left)}")
     documents = OPENWEBTEXT_DOCUMENTS if repo.lower() == OPENWEBTEXT.lower() else None
-    counts = {why: len(fs) for why, fs in left.items()}
-    return Source(name, parts, len(chosen.train), sha, documents, said, counts)
+    return Source(name, parts, len(chosen.train), sha, documents, said, left)
 
 
 def in_cache(repo: str, revision: str) -> Path | None:

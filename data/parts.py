@@ -49,15 +49,10 @@ class WrongSetting(ValueError):
 
 
 # What the libraries raise on damaged files; ValueError is also pyarrow's and UnicodeDecodeError.
-DAMAGE: tuple[type[Exception], ...] = (
-    OSError,
-    EOFError,
-    ValueError,
-    zlib.error,
-    lzma.LZMAError,
-    tarfile.TarError,
+DAMAGE = (
+    *(OSError, EOFError, ValueError),
+    *(zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile),
 )
-DAMAGE += (zipfile.BadZipFile,)
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,7 @@ class Source:
     revision: str | None = None
     documents: int | None = None  # how many there should be
     said: list[str] = field(default_factory=list)  # what was chosen and what was left out
-    left_out: dict[str, int] = field(default_factory=dict)  # files that are not read, by kind
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # files not read, by why
 
 
 class Note(NamedTuple):
@@ -171,8 +166,7 @@ def mark_of(path: Path, size: int) -> int:
 def is_plain_text(file: Path | Part) -> bool:
     """Whether a file, or the files of a part, hold text and are not packed: many make a part."""
     name = file.files[0] if isinstance(file, Part) else file.name
-    suffix = kind(name)
-    return suffix is not None and CONTENTS.get(suffix) == "text"
+    return CONTENTS.get(kind(name) or "") == "text"
 
 
 def parquet_parts(whole: Part, size: int) -> list[Part]:

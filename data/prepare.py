@@ -84,17 +84,10 @@ skip_bad = False  # leave damaged files and documents out, and list them in meta
 overwrite = False  # throw away what is in the folder, complete or not
 verify = False  # only check the folder: counts, hashes, range of the ids; show some text
 
-OF_MAKING: tuple[str, ...] = (
-    "tokenizer",
-    "eot",
-    "max_tokens",
-    "shards",
-    "merge",
-    "val_fraction",
-    "seed",
-    "num_proc",
+OF_MAKING = (
+    *("tokenizer", "eot", "max_tokens", "shards", "merge", "val_fraction", "seed", "num_proc"),
+    *("skip_bad", "overwrite"),
 )
-OF_MAKING += ("skip_bad", "overwrite")
 NAMES = ("gpt2", "bytes")  # of tokenizers that come without a file
 LOCK_ATTEMPTS = 50  # of a share, a tenth of a second apart
 
@@ -102,14 +95,13 @@ LOCK_ATTEMPTS = 50  # of a share, a tenth of a second apart
 def prepare(out: Path, name: str) -> None:
     """Make the dataset folder, or the parts of a share of it, with the tokenizer `name`."""
     work, limit, asked = out / "parts", parse_count(max_tokens), request(name)
-    kind = 1 if name in NAMES or name.startswith("train:") else 2  # 2: end-of-text as stated
-    plan = {"format": kind, "batch": BATCH, **asked}
+    form = 1 if name in NAMES or name.startswith("train:") else 2  # 2: end-of-text as stated
+    plan = {"format": form, "batch": BATCH, **asked}
     if (work / "meta.json").exists() and publish(out).get("request") == asked:
         print(f"{out} is complete")  # the last run was killed at the very end
         return
     saved = unfinished(work, plan, overwrite)
     if saved is None and not overwrite and is_complete(out, asked):
-        check_same_source(out)
         print(f"{out} is complete already (--overwrite=True prepares it again)")
         return
 
@@ -234,20 +226,15 @@ def is_complete(out: Path, asked: dict[str, Any]) -> bool:
             f"{out} holds {meta.get('source')!r} or other settings; choose another --dataset, "
             "or replace it with --overwrite=True"
         )
-    return True
-
-
-def check_same_source(out: Path) -> None:
-    """Raises ValueError when the files of a source are not those that a dataset was made of."""
-    before = json.loads((out / "meta.json").read_bytes()).get("fingerprint")
+    before = meta.get("fingerprint")
     if before is None or source.startswith("hub:") or not path_of(source).exists():
-        return
-    found = sources.find(source, reading(), subset, revision, val_split, out)
-    if fingerprint(found) != before:
+        return True
+    if fingerprint(sources.find(source, reading(), subset, revision, val_split, out)) != before:
         raise ValueError(
             f"{out} is complete, but was made of other files than {source} holds now; choose "
             "another --dataset, or replace it with --overwrite=True"
         )
+    return True
 
 
 def selected(found: Source, chosen: str, merging: bool) -> tuple[list[int], list[int]]:
@@ -375,7 +362,7 @@ def finish(
     if not notes.pop(ROWS, None) and archives_alone(found):
         refuse("on archives without files of rows", "text_column", "template")
     dropped = {why: note["count"] for why, note in notes.items() if not why.startswith(UTF8)}
-    meta["left_out"] = found.left_out | dropped
+    meta["left_out"] = {why: len(files) for why, files in found.left_out.items()} | dropped
     meta |= assemble(work, facts, tok, limit, val_fraction, seed)
     write(work / "meta.json", json.dumps(meta, indent=2) + "\n", MARK)
     publish(out)

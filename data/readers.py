@@ -93,7 +93,8 @@ def stream_documents(
         cleaned = kind(where) == ".xz"  # a piece of OpenWebText's own download
         yield from tar_documents(f, where, reading, cleaned)
         return
-    if reading.encoding and encoding.is_utf8(peek(f)):
+    head = peek(f) if reading.encoding else b""
+    if not head.isascii() and encoding.begins_utf8(head):  # ASCII is in most encodings
         yield Note(f"{UTF8}, not in {reading.encoding}", where)
     elif reading.encoding:
         f = io.BufferedReader(encoding.AsUtf8(f, reading.encoding, where))

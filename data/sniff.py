@@ -68,7 +68,7 @@ def check_separator(name: str, found: Source, reading: Reading) -> None:
                     repr(reading.separator),
                 )
                 return
-    if files and not any(content(f) != "text" for p in found.parts for f in p.files):
+    if files and all(content(f) == "text" for p in found.parts for f in p.files):
         raise no_separator(name, reading)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.hub import OPENWEBTEXT, OPENWEBTEXT_DOCUMENTS, hub_source
 from data.parts import MIB, READ, Part, Reading, Source, kind, listed, local_parts
-from data.splits import choose, folder_configs, of_one_kind, readable, reasons, split_in
+from data.splits import OTHER_KIND, choose, folder_configs, of_one_kind, readable, reasons, split_in
 from text.files import path_of
 
 
@@ -70,11 +70,12 @@ def local_source(
     if out is not None:
         if base.resolve() == out.resolve():
             raise ValueError(f"{path} is the dataset's own folder; choose another --dataset")
-        paths = [p for p in paths if out.resolve() not in p.resolve().parents]
-    if odd := sorted(p.relative_to(base).as_posix() for p in paths if not p.is_file()):
-        left["that are no files (links to nothing, pipes)"] = odd
-    there = [p.relative_to(base).as_posix() for p in sorted(paths) if p.is_file()]
-    names, others = readable(there)
+        if base.resolve() in out.resolve().parents:
+            paths = [p for p in paths if out.resolve() not in p.resolve().parents]
+    there = [p for p in sorted(paths) if p.is_file()]
+    if odd := sorted({*paths} - {*there}):
+        left["that are no files (links to nothing, pipes)"] = below(base, odd)
+    names, others = readable(below(base, there))
     left |= others
     if not names:
         some = f"; there is: {listed(left)}" if left else ""
@@ -89,8 +90,8 @@ def local_source(
             chosen = choose(names, reading.split, val_split, subset, folder_configs(base))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    chosen, rest = of_one_kind(chosen)
-    left |= reasons(chosen) | ({"of other kinds": rest} if rest else {})
+    chosen = of_one_kind(chosen)
+    left |= reasons(chosen)
     files = [base / n for n in chosen.train]
     original = len(files) == 21 and all(p.name.startswith("urlsf_subset") for p in files)
     whole |= original or (path.is_dir() and path.resolve().name.lower() == "openwebtext")
@@ -102,11 +103,10 @@ def local_source(
         said[0] += f", {counted(chosen.val)} for validation"
     if left:
         said.append(f"left out: {listed(left)}")
-    if chosen.others:
+    if chosen.others.keys() - {OTHER_KIND}:
         said.append("--split=NAME reads another split, --split=all all of them")
     documents = OPENWEBTEXT_DOCUMENTS if whole else None
-    counts = {why: len(fs) for why, fs in left.items()}
-    return Source(str(path.resolve()), parts, len(files), None, documents, said, counts)
+    return Source(str(path.resolve()), parts, len(files), None, documents, said, left)
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -123,6 +123,11 @@ def files_below(folder: Path) -> list[Path]:
         seen.add(real)
         found += [Path(here, name) for name in names]
     return found
+
+
+def below(base: Path, paths: list[Path]) -> list[str]:
+    """Paths as they are from a folder on, with /."""
+    return [path.relative_to(base).as_posix() for path in paths]
 
 
 def fail(e: OSError) -> None:

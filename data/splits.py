@@ -21,6 +21,7 @@ NAMES = {  # what people call the splits
 SPLIT_OF = {word: split for split, words in NAMES.items() for word in words}
 UNNAMED = ""  # the group of the files whose names say no split
 OTHER = "*"  # the group of the files of another subset, or of none that a card has
+OTHER_KIND = "**"  # the group of the files of other kinds than those that are read
 BOOKKEEPING = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 ABOUT = ("readme.md", "readme.txt", "license.md", "license.txt")  # beside the data
 ORDER = ("parquet", "arrow", "lines", "json", "table", "text", "tar", "zip")  # what is preferred
@@ -232,21 +233,22 @@ def readable(names: list[str]) -> tuple[list[str], dict[str, list[str]]]:
     return kept, left
 
 
-def of_one_kind(chosen: Chosen) -> tuple[Chosen, list[str]]:
-    """The files of a dataset with splits in the kind that is preferred, and those of others.
+def of_one_kind(chosen: Chosen) -> Chosen:
+    """The files of a dataset with splits in the kind that is preferred alone.
 
     Other kinds hold the same rows again, or what is told about them.
     """
     if not chosen.named or not chosen.train:
-        return chosen, []
+        return chosen
     best = min(map(content, chosen.train), key=ORDER.index)
-    rest = [f for f in chosen.train if content(f) != best]
-    val = [f for f in chosen.val if content(f) == best] or chosen.val
     train = [f for f in chosen.train if content(f) == best]
-    return chosen._replace(train=train, val=val), rest + [f for f in chosen.val if f not in val]
+    val = [f for f in chosen.val if content(f) == best] or chosen.val
+    rest = [f for f in [*chosen.train, *chosen.val] if f not in {*train, *val}]
+    others = {**chosen.others, OTHER_KIND: rest} if rest else chosen.others
+    return chosen._replace(train=train, val=val, others=others)
 
 
 def reasons(chosen: Chosen) -> dict[str, list[str]]:
     """The files that were not chosen, by why they are left out."""
-    names = {UNNAMED: "of no split", OTHER: "of another subset"}
+    names = {UNNAMED: "of no split", OTHER: "of another subset", OTHER_KIND: "of other kinds"}
     return {names.get(s, f"of split {s}"): files for s, files in chosen.others.items()}

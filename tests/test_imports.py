@@ -554,6 +554,14 @@ def test_data_that_ends_documents_as_the_model_does_not(script, tmp_path, tiny_c
     assert result.code == 0, result.err
 
 
+def tune(script, tmp_path, tiny_config, data):
+    """An update of the model in tmp_path/base, into tmp_path/out."""
+    where = [f"--dataset={data}", f"--out_dir={tmp_path / 'out'}"]
+    what = [f"--init_from=hf:{tmp_path / 'base'}", "--max_iters=1", "--warmup_iters=0"]
+    result = script("train.py", str(tiny_config), *where, *what)
+    assert result.code == 0, result.err
+
+
 def test_data_may_end_documents_with_any_id_that_ends_a_text(script, tmp_path, tiny_config):
     """A chat model's text ends with two ids; data of before ended with the usual one."""
     case = CASES["Qwen3, a list in config.json"]
@@ -561,14 +569,7 @@ def test_data_may_end_documents_with_any_id_that_ends_a_text(script, tmp_path, t
     case.make().save(str(tmp_path / "tokenizer.json"))
     result, data = prepared(script, tmp_path / "d", tmp_path / "tokenizer.json")
     assert "0 ('<|endoftext|>')" in result.out
-    flags = [
-        str(tiny_config),
-        f"--dataset={data}",
-        f"--init_from=hf:{tmp_path / 'base'}",
-        "--max_iters=1",
-    ]
-    result = script("train.py", *flags, "--warmup_iters=0", f"--out_dir={tmp_path / 'out'}")
-    assert result.code == 0, result.err
+    tune(script, tmp_path, tiny_config, data)
     tok = pretrained.load("resume", str(tmp_path / "out")).tok
     assert tok.eot == 0 and tok.ends == {0, 2}
 
@@ -620,14 +621,7 @@ def test_nested_statements_survive_a_checkpoint(script, tmp_path, tiny_config):
     )
     result, data = prepared(script, tmp_path / "d", tmp_path / "base")
     assert result.code == 0, result.err
-    flags = [
-        str(tiny_config),
-        f"--dataset={data}",
-        f"--init_from=hf:{tmp_path / 'base'}",
-        "--max_iters=1",
-    ]
-    result = script("train.py", *flags, "--warmup_iters=0", f"--out_dir={tmp_path / 'out'}")
-    assert result.code == 0, result.err
+    tune(script, tmp_path, tiny_config, data)
     entry = {"name": "bytes", "vocab_size": 257, "json": None}
     assert from_saved({**entry, "stated": '{"tokenizer": 5, "model": []}'}).stated == {}
     for damage in ({"stated": "[]"}, {"stated": 5}, {"stated": "{"}, {"name": 5}):

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
+from hostile import zstd
 from test_prepare import TEXTS, documents, nanogpt, write_jsonl, write_parquet
 
 from data import parts, readers, sources, workers
@@ -50,15 +51,6 @@ def tar_of(members, mode="w"):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return f.getvalue()
-
-
-def zstd(data):
-    import pyarrow
-
-    out = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(out, "zstd") as f:
-        f.write(data)
-    return out.getvalue().to_pybytes()
 
 
 def openwebtext_tar(texts, per_xz=40):

@@ -61,13 +61,13 @@ def check(encoding: str) -> None:
         ) from e
 
 
-def is_utf8(data: bytes) -> bool:
-    """Whether the first bytes of a text are UTF-8, and more than ASCII, which is in most others."""
+def begins_utf8(data: bytes) -> bool:
+    """Whether bytes are UTF-8 as far as they go: the last character may be cut."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(data)
     except UnicodeDecodeError:
         return False
-    return not data.isascii()
+    return True
 
 
 class AsUtf8(io.RawIOBase):

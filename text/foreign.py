@@ -1,12 +1,12 @@
 """Token files that others write: llm.c's, datatrove's, and flat ones that nothing describes."""
 
-import codecs
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from text.encoding import begins_utf8
 from text.files import read_json, whole
 
 LLMC_HEADER = 1024  # bytes, 256 int32: magic, version, tokens; of llm.c and modded-nanogpt shards
@@ -87,11 +87,7 @@ def datatrove_note(path: Path) -> tuple[np.dtype[Any], int]:
 
 def is_text(data: bytes) -> bool:
     """Whether bytes are UTF-8 text; token ids are not, and small ones have zeros in them."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(data)
-    except UnicodeDecodeError:
-        return False
-    return not any(data.count(c) for c in range(9))
+    return begins_utf8(data) and not any(data.count(c) for c in range(9))
 
 
 def check_foreign(path: Path, ids: NDArray[Any]) -> None:

@@ -428,9 +428,8 @@ def hugging_face(
         spec: dict[str, Any] = json.loads(json_text)
         before = growth([spec.get("normalizer"), spec.get("pre_tokenizer")])
         after = growth(spec.get("decoder"))
-        added: dict[int, Any] = (
-            tok.get_added_tokens_decoder()
-        )  # by id, as the package has understood them
+        # by id, as the package has understood them
+        added: dict[int, Any] = tok.get_added_tokens_decoder()
     if max(before, after) > MAX_GROWTH:
         raise ValueError(f"{where} makes a flood of text of a word, replacement after replacement")
     vocabulary = tok.get_vocab(with_added_tokens=True)

@@ -102,7 +102,7 @@ def is_weight(name: Any, value: Any) -> bool:
         isinstance(name, str)
         and isinstance(value, torch.Tensor)
         and value.layout == torch.strided
-        and value.device.type == "cpu"
+        and not value.is_meta
         and value.is_floating_point()
         and not value.is_quantized
     )

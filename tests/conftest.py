@@ -56,6 +56,14 @@ def script(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def heeded():
+    """Processes heed Ctrl-C, also where the tests were started in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 WAITS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 
 

@@ -94,14 +94,6 @@ def test_importing_one_does_nothing(monkeypatch, capfd, name):
     assert module.__doc__
 
 
-@pytest.fixture
-def heeded():
-    """Processes heed SIGINT, also where the tests were started in the background of a shell."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @posix
 def test_ctrl_c_keeps_what_has_been_measured(heeded, tmp_path):
     command = [sys.executable, ROOT / "bench" / "load.py", "--repeats=10000"]

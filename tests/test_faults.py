@@ -856,7 +856,7 @@ def test_nan_weights_are_called_so(tmp_path, whole_out):
 
 
 @posix
-def test_ctrl_c_while_sampling_keeps_the_text(whole_out):
+def test_ctrl_c_while_sampling_keeps_the_text(whole_out, heeded):
     slow = "import time; from making import sampling; f = sampling.next_token\n"
     slow += "sampling.next_token = lambda *a: (time.sleep(0.05), f(*a))[1]"
     flags = [f"--out_dir={whole_out}", "--start=the cat", "--device=cpu", "--max_new_tokens=10000"]

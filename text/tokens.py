@@ -49,10 +49,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     path = folder / "meta.json"
     if path.exists():
-        meta = read_json(path)
-        if odd := what_is_odd(meta):
-            words = ", ".join(f"{k} {SHORT.repr(meta.get(k))}" for k in odd)
-            raise ValueError(f"{path} is damaged ({words}); run data/prepare.py again")
+        try:
+            meta = read_json(path)
+            if odd := what_is_odd(meta):
+                raise ValueError(", ".join(f"{k} {SHORT.repr(meta.get(k))}" for k in odd))
+        except ValueError as e:
+            raise ValueError(f"{path} is damaged ({e}); run data/prepare.py again") from e
         return meta
     if not folder.is_dir():
         raise FileNotFoundError(missing(folder))

@@ -128,7 +128,7 @@ def moments_fit(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> b
     groups, states = saved.get("param_groups"), saved.get("state")
     if not isinstance(groups, list) or not isinstance(states, dict):
         return False
-    numbers = [g.get("params") if isinstance(g, dict) else None for g in groups]
+    numbers = [numbers_of(g) for g in groups]
     if numbers != [g["params"] for g in optimizer.state_dict()["param_groups"]]:
         return False
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -141,6 +141,12 @@ def moments_fit(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> b
         and all(state[name].shape == params[i].shape for name in names)
         for i, state in states.items()
     )
+
+
+def numbers_of(group: Any) -> list[int] | None:
+    """The parameters of an optimizer's group out of a file, by number; None for what is none."""
+    numbers = group.get("params") if isinstance(group, dict) else None
+    return numbers if isinstance(numbers, list) and all(map(whole, numbers)) else None
 
 
 def source_of(init_from: str, out: Path) -> str:

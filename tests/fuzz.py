@@ -892,7 +892,8 @@ class Figures:
                 with contextlib.suppress(OSError):
                     shutil.move(keep / f"{name}-now", place)
                 said = log.read_text(errors="replace").strip().splitlines()
-                words = " | ".join([*said[:6], *said[-2:]])
+                said = [line[:200] for line in said if not line.startswith("while generating")]
+                words = " | ".join([*said[:2], *said[-2:]])
                 self.failed(f"ended {seed}", str(place), f"exit code {child.returncode}: {words}")
             seed += 1_000_000
 

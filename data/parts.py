@@ -8,6 +8,7 @@ parts of a source and their order depend on nothing but its files.
 import errno
 import itertools
 import lzma
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -52,6 +53,7 @@ class WrongSetting(ValueError):
 DAMAGE = (
     *(OSError, EOFError, ValueError),
     *(zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile),
+    *(struct.error, OverflowError, NotImplementedError),  # zipfile's, too
 )
 
 

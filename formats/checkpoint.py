@@ -6,6 +6,7 @@ in parts (sharded.py). Its keys `model`, `optimizer`, `model_args`, `iter_num`, 
 ours.
 """
 
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -35,6 +36,13 @@ def save(path: Path, saved: dict[str, Any]) -> None:
         raise OSError(f"could not write {path}: {e}") from e
 
 
+# what zipfile raises for a damaged file; a name in it that is not UTF-8 is a ValueError
+DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+    *(EOFError, OSError, RuntimeError, OverflowError, ValueError),
+)
+
+
 def check(path: Path) -> None:
     """Raises ValueError when `path` is not a whole torch.save file: every CRC in it is verified.
 
@@ -54,7 +62,7 @@ def check(path: Path) -> None:
                 or i.compress_size != i.file_size
             ]
             bad = odd[0] if odd else archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OverflowError, OSError) as e:
+    except DAMAGE as e:
         raise ValueError(f"{path} is truncated, damaged or not a checkpoint ({e})") from e
     if bad:
         raise ValueError(f"{path} is damaged: the checksum of {bad} is wrong")

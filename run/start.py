@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from formats import checkpoint, listing, pretrained, rebuild
+from formats.pack import tensors_in
 from model import GPT, GPTConfig
 from run.log import say
 from run.parallel import share_optimizer
@@ -207,6 +208,7 @@ def can_be_resumed(saved: Mapping[str, Any]) -> bool:
         and isinstance(config.get("init_from"), str)
         and isinstance(saved.get("data"), dict)
         and isinstance(saved.get("dtype"), str)
+        and not tensors_in([config, saved["data"]])
     )
 
 

@@ -577,7 +577,7 @@ def read_checkpoint(folder):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     begun.restore(model, optimizer, scaler, team)
     optim.set_hyperparameters(optimizer, (0.9, 0.95), 0.1)
-    x = torch.zeros(1, 4, dtype=torch.int64)
+    x = torch.zeros(1, min(4, model.config.max_position_embeddings), dtype=torch.int64)
     model(x, x)[1].backward()
     optimizer.step()
     json.dumps(begun.state.__dict__)

@@ -64,6 +64,17 @@ def test_every_single_flipped_bit_is_noticed(tmp_path):
     assert silent < 60
 
 
+def test_a_name_in_the_archive_that_is_no_text_is_damage(tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, state())
+    bad = bytearray(path.read_bytes())
+    bad[7] |= 8  # the first member's name is said to be UTF-8
+    bad[30] = 0xFD
+    path.write_bytes(bad)
+    with pytest.raises(ValueError, match=r"a\.pt is truncated, damaged"):
+        checkpoint.load(path)
+
+
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, -1, -10])
 def test_truncated_files_are_named(tmp_path, keep):
     path = tmp_path / "a.pt"

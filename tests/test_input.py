@@ -424,11 +424,12 @@ def test_archives_have_splits_and_strangers(script, tmp_path):
 def test_zips_that_cannot_be_read(script, tmp_path):
     (tmp_path / "bomb.zip").write_bytes(zip_of([("a.txt", bytes(300 * 2**20))]))
     refused(run(script, tmp_path / "bomb.zip", tmp_path / "x"), "a.txt", "bomb")
-    locked = bytearray(zip_of([("a.txt", "some text")]))
-    for mark, at in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
-        locked[locked.index(mark) + at] |= 1
-    (tmp_path / "locked.zip").write_bytes(locked)
-    refused(run(script, tmp_path / "locked.zip", tmp_path / "x"), "a.txt", "encrypted")
+    for flag, words in ((1, "encrypted"), (1 << 5, "patched"), (1 << 6, "strong encryption")):
+        locked = bytearray(zip_of([("a.txt", "some text")]))
+        for mark, at in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
+            locked[locked.index(mark) + at] |= flag
+        (tmp_path / "locked.zip").write_bytes(locked)
+        refused(run(script, tmp_path / "locked.zip", tmp_path / "x"), "locked.zip", words)
 
 
 def test_what_is_left_out_of_a_folder_is_named(script, tmp_path):

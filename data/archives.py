@@ -11,15 +11,62 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from data.parts import MIB, BadData
+from data.parts import DAMAGE, MIB, BadData, content, is_hidden, kind
 
 BLOCK = MIB  # bytes read at a time
 XZ_MEMORY = 128 * MIB  # for decompression; xz -9 needs 65 MiB
 BOMB_RATIO, BOMB_SLACK = 200, 64 * MIB  # text shrinks tenfold at most, repeats aside
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 ENCRYPTED = 1  # a bit of a zip member's flags
+CLEANED = ".xz"  # the suffix of the pieces, tars in truth, of OpenWebText's own download
+
+
+class Member(NamedTuple):
+    """A file of an archive, or of a tar in it."""
+
+    path: str  # from the archive on, with /
+    where: str  # for people: ARCHIVE:FILE
+    size: int  # bytes that it has in there
+    stream: Any  # its bytes; None for a link, which is not followed; BadData for a damaged tar
+
+
+def members(file: str) -> Iterator[Member]:
+    """All files of an archive in its order, and those of tars in it in their place.
+
+    OpenWebText's pieces are not opened. Raises the libraries' errors where the archive is damaged.
+    """
+    if content(file) == "zip":
+        yield from through(zip_members(file), "", file)
+    else:
+        with unpacked(file) as f:
+            yield from through(tar_members(f, file), "", file)
+
+
+def through(found: Iterator[tuple[str, int, Any]], above: str, where: str) -> Iterator[Member]:
+    """Files of an archive, and those of tars among them; above: the path that leads to it."""
+    for name, size, stream in found:
+        member = Member(f"{above}{name}", f"{where}:{name}", size, stream)
+        inner = kind(name) not in (None, CLEANED) and content(name) == "tar"
+        if stream is None or not inner or is_hidden(name):
+            yield member
+            continue
+        try:
+            tar = tar_members(unpacked_stream(stream, size, member.where), member.where)
+            yield from through(tar, f"{member.path}/", member.where)
+        except DAMAGE as e:
+            yield member._replace(stream=damage(member.where, e))
+
+
+def damage(where: str, e: Exception) -> BadData:
+    """An error of a library as one line that names the file."""
+    if isinstance(e, BadData):
+        return e
+    text = " ".join(str(e).split()) or type(e).__name__
+    if text.startswith(where):
+        return BadData(text)
+    return BadData(f"{where} is damaged or truncated: {text[:200]}")
 
 
 def unpacked(file: str) -> io.BufferedIOBase:
@@ -139,25 +186,18 @@ class Tail:
         return data
 
 
-def zip_names(file: str) -> list[str]:
-    """The names of a zip's files, in its order; no links."""
-    with zipfile.ZipFile(file) as archive:
-        members = [m for m in archive.infolist() if m.filename and not m.is_dir()]
-    return [name_of(m) for m in members if not stat.S_ISLNK(m.external_attr >> 16)]
+def zip_members(file: str) -> Iterator[tuple[str, int, Any]]:
+    """Path, packed size and stream of a zip's files, in its order; None for a link's stream.
 
-
-def name_of(member: zipfile.ZipInfo) -> str:
-    """The path of a member, with / also where Windows programs wrote another."""
-    return member.filename.replace("\\", "/")
-
-
-def zip_members(file: str, names: set[str]) -> Iterator[tuple[str, int, Any]]:
-    """Name, packed size and stream of those files of a zip. A bad one raises when it is read."""
+    A bad one raises when it is read.
+    """
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
-            if name_of(member) not in names:
+            if not member.filename or member.is_dir():
                 continue
-            yield name_of(member), member.compress_size, ZipStream(archive, member, file)
+            name = member.filename.replace("\\", "/")  # some Windows programs write the other
+            link = stat.S_ISLNK(member.external_attr >> 16)
+            yield name, member.compress_size, None if link else ZipStream(archive, member, file)
 
 
 class ZipStream(io.RawIOBase):

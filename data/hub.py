@@ -1,11 +1,12 @@
 """Datasets of the Hugging Face Hub: which files there are, and one of them on this disk."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data.parts import FULL, READ, Part, Source, listed
-from data.splits import Chosen, choose, of_one_kind, readable, reasons
+from data.splits import Chosen, choose, is_named, of_one_kind, readable, reasons
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCUMENTS = 8_013_769
@@ -81,6 +82,7 @@ def source_of(
         Part((f,), i, sizes[f], repo=repo, revision=sha, val=i >= len(chosen.train))
         for i, f in enumerate([*chosen.train, *chosen.val])
     ]
+    parts = [replace(part, named=is_named(part.files[0], chosen)) for part in parts]
     left = left | reasons(chosen)
     said = [f"{repo} at {sha[:7]}: {len(chosen.train)} files for training"]
     if left:

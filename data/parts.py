@@ -29,6 +29,7 @@ CONTENTS = {  # what a name may end with, before one of PACKED
     ".tar": "tar",
 }
 WHOLE = {".parquet": "parquet", ".arrow": "arrow", ".zip": "zip", ".tgz": "tar", ".xz": "tar"}
+ARCHIVES = ("tar", "zip")  # contents that are files
 READ = ".txt, .text, .md, .jsonl, .json, .csv, .tsv (also .gz, .xz, .zst), .parquet, .arrow, "
 READ += ".tar or .zip"
 
@@ -66,6 +67,7 @@ class Reading:
     separator: str = ""  # between the documents of a text file; empty = a file is one
     encoding: str = ""  # of text files; empty = UTF-8
     split: str = "train"  # of what lies in an archive
+    val_split: str = ""  # the same, for validation; empty = it is cut from what is for training
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Part:
     repo: str = ""  # Hub dataset that the file is downloaded from
     revision: str = ""  # commit of the Hub dataset
     val: bool = False  # of the split that --val_split names
+    named: bool = False  # an archive that its own path, or a card, puts in the split
     mark: int = 0  # of what the files hold, as far as their first and last bytes tell
 
 
@@ -227,6 +230,7 @@ def fingerprint(found: Source) -> str:
 def identity(part: Part) -> Any:
     """What must be the same for a finished part to be used again, as JSON holds it."""
     facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(part).items()}
-    if not part.val:  # as it was before there was the setting
-        del facts["val"]
+    for later in ("val", "named"):  # as it was before there were these
+        if not facts[later]:
+            del facts[later]
     return facts

@@ -44,7 +44,15 @@ from data import sources
 from data.assembly import assemble, publish
 from data.parts import FULL, Reading, Source, content, fingerprint, kind
 from data.readers import ROWS, UTF8, template_fields
-from data.sniff import OF_FILES, OF_HUB, check_separator, no_separator, refuse_unfit
+from data.sniff import (
+    OF_FILES,
+    OF_HUB,
+    check_separator,
+    check_splits,
+    no_separator,
+    refuse_unfit,
+)
+from data.splits import no_split
 from data.verify import check_folder
 from data.vocabulary import train_bpe
 from data.workers import BATCH, MARK, Job, check_disk, cores, encode_parts, enough, facts_of
@@ -112,6 +120,7 @@ def prepare(out: Path, name: str) -> None:
     if not merge:
         for line in found.said:
             print(line)
+        check_splits(source, found, how)
         check_separator(source, found, how)
     numbers, here = selected(found, shards, merge)
     anew = overwrite or bool(saved and saved.get("overwrite"))
@@ -162,7 +171,9 @@ def reading() -> Reading:
     """The settings that say how texts are read. Raises ValueError for one that cannot be."""
     if encoding:
         encodings.check(encoding)
-    how = Reading(text_column, unescaped(template), unescaped(separator), encoding, split)
+    how = Reading(
+        text_column, unescaped(template), unescaped(separator), encoding, split, val_split
+    )
     if template:
         template_fields(how.template)
     return how
@@ -361,6 +372,7 @@ def finish(
         raise no_separator(source, reading())
     if not notes.pop(ROWS, None) and archives_alone(found):
         refuse("on archives without files of rows", "text_column", "template")
+    refuse_empty(work, facts, found, notes)
     dropped = {why: note["count"] for why, note in notes.items() if not why.startswith(UTF8)}
     meta["left_out"] = {why: len(files) for why, files in found.left_out.items()} | dropped
     meta |= assemble(work, facts, tok, limit, val_fraction, seed)
@@ -381,6 +393,25 @@ def finish(
         print(f"max_tokens={max_tokens}, but documents are taken whole: there are {tokens:,}")
     for s, f in meta["splits"].items():
         print(f"{out / s}.bin: {f['tokens']:,} tokens, {f['documents']:,} documents")
+
+
+def refuse_empty(work: Path, facts: dict[int, Any], found: Source, notes: dict[str, Any]) -> None:
+    """Raises ValueError when there are no documents for training, or for a split that validates."""
+    for val, asked in ((False, split), (True, val_split)):
+        mine = [f["documents"] for i, f in facts.items() if found.parts[i].val == val]
+        if any(mine) or not mine:
+            continue
+        for i in facts:  # so that they stand in nobody's way
+            if not facts[i]["documents"]:
+                (work / f"{i:05d}.json").unlink()
+        groups = [why.removeprefix("of split ") for why in notes if why.startswith("of split ")]
+        if groups:
+            raise no_split(source, asked, groups)
+        left = "; ".join(
+            f"{n['count']} {why}: {', '.join(n['first'][:3])}" for why, n in notes.items()
+        )
+        where = f"the split {asked!r} of {source}" if val else source
+        raise ValueError(f"{where} has no documents{left and f' (left out: {left})'}")
 
 
 def archives_alone(found: Source) -> bool:

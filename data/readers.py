@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data import archives, splits
-from data.archives import BLOCK
+from data import archives, members
+from data.archives import BLOCK, CLEANED, Member, damage
 from data.hub import fetch
 from data.parts import (
+    ARCHIVES,
     DAMAGE,
     MIB,
     BadData,
@@ -25,9 +26,7 @@ from data.parts import (
     Reading,
     WrongSetting,
     content,
-    is_hidden,
     kind,
-    suffix_of,
 )
 from data.stdlib import stdlib_documents
 from text import encoding
@@ -37,7 +36,6 @@ MAX_LINE = 64 * MIB  # bytes of one .jsonl line, or of one text of a .parquet or
 MAX_MEMBER = 16 * MIB  # bytes of one text of OpenWebText's archives
 UTF8 = "read as UTF-8, which they are"
 ROWS = "files of rows in archives"  # of a note that tells that a column was asked for
-IN_ARCHIVES = ("text", "lines", "json", "table", "tar")  # what can be read as a stream
 
 # What a reader yields: a text, a text in blocks (a long file), damage, or a note.
 Document = str | Iterator[str] | BadData | Note
@@ -66,15 +64,13 @@ def documents(part: Part, reading: Reading, folder: Path) -> Iterator[Document]:
 def file_documents(part: Part, file: str, reading: Reading) -> Iterator[Document]:
     """The documents of one file; see `documents`."""
     what = content(file)
-    if what in ("tar", "zip") and splits.split_in(Path(file).name):
-        reading = replace(reading, split="all")  # it was chosen by its own name
     try:
         if what == "parquet":
             yield from parquet_documents(file, reading, part.start, part.end)
         elif what == "arrow":
             yield from arrow_documents(file, reading)
-        elif what == "zip":
-            yield from zip_documents(file, reading)
+        elif what in ARCHIVES:
+            yield from archive_documents(file, reading, part)
         else:
             with archives.unpacked(file) as f:
                 yield from stream_documents(f, file, reading, part.start, part.end)
@@ -89,10 +85,6 @@ def stream_documents(
 ) -> Iterator[Document]:
     """The documents of an unpacked stream, by the name that `where` ends with."""
     what = content(where)
-    if what == "tar":
-        cleaned = kind(where) == ".xz"  # a piece of OpenWebText's own download
-        yield from tar_documents(f, where, reading, cleaned)
-        return
     head = peek(f) if reading.encoding else b""
     if not head.isascii() and encoding.begins_utf8(head):  # ASCII is in most encodings
         yield Note(f"{UTF8}, not in {reading.encoding}", where)
@@ -112,16 +104,6 @@ def peek(f: io.BufferedIOBase) -> bytes:
     """The next bytes of a stream, some or many, which stay there."""
     assert isinstance(f, io.BufferedReader)
     return f.peek(1)
-
-
-def damage(where: str, e: Exception) -> BadData:
-    """An error of a library as one line that names the file."""
-    if isinstance(e, BadData):
-        return e
-    text = " ".join(str(e).split()) or type(e).__name__
-    if text.startswith(where):
-        return BadData(text)
-    return BadData(f"{where} is damaged or truncated: {text[:200]}")
 
 
 # --- text
@@ -546,67 +528,56 @@ def batch_documents(batch: Any, file: str, reading: Reading, number: int) -> Ite
 # --- archives
 
 
-def tar_documents(
-    f: io.BufferedIOBase, where: str, reading: Reading, cleaned: bool
-) -> Iterator[Document]:
-    """The texts of a tar, in its order; of an .xz file in it, too, that is a tar itself.
+def archive_documents(file: str, reading: Reading, part: Part) -> Iterator[Document]:
+    """The texts of an archive, in its order, that are of a part's split."""
+    if kind(file) == CLEANED:
+        with archives.unpacked(file) as f:
+            yield from cleaned_documents(f, file, reading)
+        return
+    choice, second = chosen_in(file, reading, part)
+    for member in archives.members(file):
+        if isinstance(member.stream, BadData):
+            yield member.stream
+        elif member.stream is not None and choice.reads(member.path, second):
+            yield from member_documents(member, reading)
+        elif not second:  # what is left out is told once
+            link = member.stream is None
+            if why := "link in an archive" if link else choice.left_out(member.path):
+                yield Note(why, member.where)
 
-    cleaned: as the script that came with OpenWebText read its pieces, with the same clean-up.
+
+def chosen_in(file: str, reading: Reading, part: Part) -> tuple[members.Choice, bool]:
+    """What a part has of an archive; whether it is for validation beside a part for training."""
+    split, val_split = reading.split, reading.val_split
+    if part.named:
+        split, val_split = val_split if part.val else split, ""
+    return members.choice(file, split, val_split, part.named), part.val and not part.named
+
+
+def cleaned_documents(f: io.BufferedIOBase, where: str, reading: Reading) -> Iterator[Document]:
+    """The texts of a piece of OpenWebText's own download.
+
+    As the script that came with it read its pieces, with the same clean-up.
     """
-    groups: dict[str, str] = {}  # of the files that were seen, by split: one by name
-    for name, size, member in archives.tar_members(f, where):
-        why = "link in an archive" if member is None else left_out(name, reading, cleaned)
-        split = splits.UNNAMED if cleaned else splits.split_in(name)
-        if not why or why.startswith("of "):
-            groups.setdefault(split, name)
-        if not why and reading.split == "train" and {"train", splits.UNNAMED} <= groups.keys():
-            raise WrongSetting(
-                f"{where} has files of the train split ({groups['train']}) and files of no split "
-                f"({groups[splits.UNNAMED]}): add --split=all, or take them apart"
-            )
-        if why:
-            yield Note(why, f"{where}:{name}")
-        elif cleaned and name.endswith(".txt"):
-            yield cleaned_text(member, f"{where}:{name}")
+    for name, size, stream in archives.tar_members(f, where):
+        member = Member(name, f"{where}:{name}", size, stream)
+        if why := "link in an archive" if stream is None else members.unread(name):
+            yield Note(why, member.where)
+        elif name.endswith(".txt"):
+            yield cleaned_text(stream, member.where)
         else:
-            yield from member_documents(member, size, f"{where}:{name}", reading)
-    if groups and not any(splits.is_of(reading.split, name) for name in groups.values()):
-        there = ", ".join(s or "files of no split" for s in sorted(groups))
-        raise WrongSetting(f"{where}: there is no split {reading.split!r}; there is: {there}")
+            yield from member_documents(member, reading)
 
 
-def zip_documents(file: str, reading: Reading) -> Iterator[Document]:
-    """The texts of a zip, in its order."""
-    names = archives.zip_names(file)
-    read = [n for n in names if not left_out(n, replace(reading, split="all"), False)]
-    try:
-        wanted = {*splits.choose(read, reading.split).train} if read else set[str]()
-    except ValueError as e:
-        raise WrongSetting(f"{file}: {e}") from e
-    for name in names:
-        if name not in wanted:
-            yield Note(left_out(name, reading, False) or "of no split", f"{file}:{name}")
-    for name, size, member in archives.zip_members(file, wanted):
-        yield from member_documents(member, size, f"{file}:{name}", reading)
-
-
-def left_out(name: str, reading: Reading, cleaned: bool) -> str:
-    """Why a file of an archive is not read, "" if it is. cleaned: OpenWebText's have no splits."""
-    if is_hidden(name):
-        return "hidden"
-    if kind(name) is None or content(name) not in IN_ARCHIVES:
-        return f"{suffix_of(name)} in an archive"
-    if cleaned or splits.is_of(reading.split, name):
-        return ""
-    return f"of split {split}" if (split := splits.split_in(name)) else "of no split"
-
-
-def member_documents(member: Any, size: int, where: str, reading: Reading) -> Iterator[Document]:
-    """The documents of a file in an archive, that has `size` bytes there."""
-    if content(where) not in ("text", "tar"):
+def member_documents(member: Member, reading: Reading) -> Iterator[Document]:
+    """The documents of a file in an archive."""
+    where, tar = member.where, content(member.path) == "tar"
+    if not tar and content(member.path) != "text":
         yield Note(ROWS, where)
     try:
-        yield from stream_documents(archives.unpacked_stream(member, size, where), where, reading)
+        f = archives.unpacked_stream(member.stream, member.size, where)
+        read = cleaned_documents if tar else stream_documents
+        yield from read(f, where, reading)
     except WrongSetting:
         raise
     except DAMAGE as e:

@@ -3,10 +3,10 @@
 import itertools
 from collections.abc import Iterator
 
-from configurator import refuse
-from data import archives
-from data.parts import DAMAGE, MIB, Part, Reading, Source, content
-from data.readers import stream_documents
+from configurator import refuse, typed
+from data import archives, splits
+from data.parts import ARCHIVES, DAMAGE, MIB, Part, Reading, Source, content
+from data.readers import chosen_in, stream_documents
 from text.files import path_of
 from text.tokenizer import EOT_NAMES
 
@@ -23,7 +23,7 @@ def refuse_unfit(name: str, found: Source, reading: Reading) -> None:
         refuse("on the embedded corpus", *OF_FILES, *OF_HUB, "skip_bad")
         return
     contents = {content(f) for part in found.parts for f in part.files}
-    archived = bool(contents & {"tar", "zip"})
+    archived = bool(contents & {*ARCHIVES})
     if reading.template:
         refuse("beside --template", "text_column")
     if contents == {"text"}:
@@ -35,7 +35,35 @@ def refuse_unfit(name: str, found: Source, reading: Reading) -> None:
     if not name.startswith("hub:"):
         refuse("on files of this disk", "revision")
         if path_of(name).is_file():
-            refuse("on a single file", "subset", "val_split", *(() if archived else ("split",)))
+            refuse("on a single file", "subset", *(() if archived else ("split", "val_split")))
+
+
+def check_splits(name: str, found: Source, reading: Reading) -> None:
+    """Raises ValueError when archives on this disk do not have the split that is asked for.
+
+    Raises ConfigError for one that is typed beside an archive whose own name says it.
+    """
+    if "split" in typed() and len(found.parts) == 1 and path_of(name).is_file():
+        (alone,) = found.parts
+        if alone.named and chosen_in(alone.files[0], reading, alone)[0].own:
+            refuse("on an archive in which no name says a split", "split")
+    for val, split in ((False, reading.split), (True, reading.val_split)):
+        parts = [part for part in found.parts if part.val == val]
+        kinds = {content(p.files[0]) if p.files and not p.repo else "" for p in parts}
+        # that a tar has something for training is seen when it is read: looking takes as long
+        if not kinds or not kinds <= {*ARCHIVES} or split == "all":
+            continue
+        if split == "train" and "tar" in kinds:
+            continue
+        there = set[str]()
+        for part in parts:
+            choice, second = chosen_in(part.files[0], reading, part)
+            if choice.val if second else choice.train:
+                there.clear()
+                break
+            there |= {*choice.groups}
+        if there:
+            raise splits.no_split(name, split, there)
 
 
 def check_separator(name: str, found: Source, reading: Reading) -> None:

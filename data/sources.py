@@ -10,8 +10,30 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.hub import OPENWEBTEXT, OPENWEBTEXT_DOCUMENTS, hub_source
-from data.parts import MIB, READ, Part, Reading, Source, kind, listed, local_parts
-from data.splits import OTHER_KIND, choose, folder_configs, of_one_kind, readable, reasons, split_in
+from data.parts import (
+    ARCHIVES,
+    MIB,
+    READ,
+    Part,
+    Reading,
+    Source,
+    content,
+    kind,
+    listed,
+    local_parts,
+)
+from data.splits import (
+    OTHER_KIND,
+    Chosen,
+    choose,
+    folder_configs,
+    is_named,
+    of_one_kind,
+    readable,
+    reasons,
+    refuse_both,
+    split_in,
+)
 from text.files import path_of
 
 
@@ -47,8 +69,19 @@ def find(
     if path.is_file():
         if kind(path.name) is None:
             raise ValueError(f"{path} must be {READ}")
-        return Source(str(path.resolve()), local_parts([path], reading), 1)
+        return file_source(path, reading, val_split)
     return local_source(path, reading, subset, val_split, out)
+
+
+def file_source(path: Path, reading: Reading, val_split: str) -> Source:
+    """A single file; an archive may hold a split for validation, too."""
+    parts = local_parts([path], reading)
+    if content(path.name) in ARCHIVES:
+        refuse_both(reading.split, val_split)
+        named = bool(split_in(path.name)) and not val_split
+        parts = [replace(part, named=named) for part in parts]
+        parts += [replace(part, shard=1, val=True) for part in parts if val_split]
+    return Source(str(path.resolve()), parts, 1)
 
 
 def local_source(
@@ -85,7 +118,7 @@ def local_source(
         if not path.is_dir() and split_in(pattern):  # it says itself which
             if val_split or subset or reading.split not in ("train", "all"):
                 raise ValueError("a pattern that names a split takes no other; name the folder")
-            chosen = choose(names, "all")._replace(named=False)
+            chosen = choose(names, "all")._replace(named=False, open=frozenset())
         else:
             chosen = choose(names, reading.split, val_split, subset, folder_configs(base))
     except ValueError as e:
@@ -95,8 +128,10 @@ def local_source(
     files = [base / n for n in chosen.train]
     original = len(files) == 21 and all(p.name.startswith("urlsf_subset") for p in files)
     whole |= original or (path.is_dir() and path.resolve().name.lower() == "openwebtext")
-    parts = local_parts(files, reading)
-    for part in local_parts([base / n for n in chosen.val], reading):
+    parts = with_names(local_parts(files, reading), chosen.train, chosen)
+    for part in with_names(
+        local_parts([base / n for n in chosen.val], reading), chosen.val, chosen
+    ):
         parts.append(replace(part, shard=part.shard + len(files), val=True))
     said = [f"{path}: {counted(chosen.train)} for training"]
     if chosen.val:
@@ -107,6 +142,11 @@ def local_source(
         said.append("--split=NAME reads another split, --split=all all of them")
     documents = OPENWEBTEXT_DOCUMENTS if whole else None
     return Source(str(path.resolve()), parts, len(files), None, documents, said, left)
+
+
+def with_names(parts: list[Part], names: list[str], chosen: Chosen) -> list[Part]:
+    """Parts of the files `names`; archives among them know whether their paths say the split."""
+    return [replace(p, named=is_named(names[p.shard], chosen)) for p in parts]
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -5,12 +5,13 @@ are named as left out.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.parts import content, is_hidden, kind, suffix_of
+from data.parts import ARCHIVES, content, is_hidden, kind, suffix_of
 from text.files import named_reason
 
 NAMES = {  # what people call the splits
@@ -36,6 +37,7 @@ class Chosen(NamedTuple):
     val: list[str]
     others: dict[str, list[str]]  # by split
     named: bool  # names or a card say which split the files are of
+    open: frozenset[str] = frozenset()  # archives whose paths say no split: what is in them may
 
 
 def split_in(path: str) -> str:
@@ -58,13 +60,6 @@ def has_word(word: str, path: str) -> bool:
     return re.search(bounded, path.lower()) is not None
 
 
-def is_of(split: str, path: str) -> bool:
-    """Whether a file alone is of a split that is asked for, by its path."""
-    named, wanted = split_in(path), SPLIT_OF.get(split, split)
-    plain = named == UNNAMED and wanted == "train"
-    return wanted in ("all", named) or plain or (wanted not in NAMES and has_word(split, path))
-
-
 def choose(
     files: list[str], split: str, val_split: str = "", subset: str = "", configs: Any = None
 ) -> Chosen:
@@ -75,16 +70,41 @@ def choose(
     """
     groups, place = grouped(files, subset, configs), {f: i for i, f in enumerate(files)}
     rest = sorted({*files} - {f for fs in groups.values() for f in fs})
-    train = [f for fs in groups.values() for f in fs] if split == "all" else members(groups, split)
-    val = members(groups, val_split) if val_split else []
+    unsaid = {f for f in groups.get(UNNAMED, []) if content(f) in ARCHIVES}
+    train = [f for fs in groups.values() for f in fs]
+    if split != "all":
+        train = members_or(groups, split, unsaid)
+    val = members_or(groups, val_split, unsaid) if val_split else []
+    refuse_both(split, val_split, bool({*train} & {*val} - unsaid))
     used = {*train, *val}
-    if len(used) < len({*train}) + len({*val}):
-        raise ValueError(f"val_split={val_split} is what is trained on, too: name another split")
     train, val = sorted({*train}, key=place.__getitem__), sorted({*val}, key=place.__getitem__)
     others = {s: left for s, fs in groups.items() if (left := sorted({*fs} - used))}
     if rest:
         others[OTHER] = rest
-    return Chosen(train, val, others, [*groups] != [UNNAMED])
+    worded = {f for f in unsaid if has_word(split, f) or (val_split and has_word(val_split, f))}
+    return Chosen(train, val, others, [*groups] != [UNNAMED], frozenset(unsaid - worded))
+
+
+def refuse_both(split: str, val_split: str, shared: bool = False) -> None:
+    """Raises ValueError when validation would be of what is trained on; shared: files of both."""
+    same = split in (val_split, "all") or SPLIT_OF.get(split, split) == SPLIT_OF.get(val_split)
+    if val_split and (same or shared):
+        raise ValueError(f"val_split={val_split} is what is trained on, too: name another split")
+
+
+def is_named(path: str, chosen: Chosen) -> bool:
+    """Whether a file is an archive that its own path, or a card, has put in the split."""
+    return content(path) in ARCHIVES and path not in chosen.open
+
+
+def members_or(groups: Mapping[str, list[str]], split: str, archives: set[str]) -> list[str]:
+    """The files of a split; where no path says it, archives that may have some."""
+    try:
+        return members(groups, split)
+    except ValueError:
+        if not archives:
+            raise
+        return [*archives]
 
 
 def members(groups: Mapping[str, list[str]], split: str) -> list[str]:
@@ -101,8 +121,16 @@ def members(groups: Mapping[str, list[str]], split: str) -> list[str]:
         return found
     if alias == "train" and groups.get(UNNAMED):
         return groups[UNNAMED]
+    raise no_split("", split, groups)
+
+
+def no_split(name: str, split: str, groups: Iterable[str]) -> ValueError:
+    """The error for a split that is not in a source called `name`, which may be empty."""
     there = ", ".join(s or "files without a split in their names" for s in sorted(groups))
-    raise ValueError(f"there is no split {split!r}; there is: {there} (--split=all reads all)")
+    where = f"{name}: " if name else ""
+    return ValueError(
+        f"{where}there is no split {split!r}; there is: {there} (--split=all reads all)"
+    )
 
 
 def grouped(files: list[str], subset: str, configs: Any) -> dict[str, list[str]]:
@@ -226,11 +254,18 @@ def readable(names: list[str]) -> tuple[list[str], dict[str, list[str]]]:
             left.setdefault("of the datasets library", []).append(name)
         else:
             kept.append(name)
-    about = [n for n in kept if n.lower() in ABOUT]
+    folders = [n.split("/")[:-1] for n in kept]
+    depth = len(os.path.commonprefix(folders))
+    about = [n for n in kept if tells(n) and n.count("/") == depth]
     if about and len(about) < len(kept):
         left["about the data"] = about
         kept = [n for n in kept if n not in about]
     return kept, left
+
+
+def tells(path: str) -> bool:
+    """Whether a file is called as what tells about data is, such as README.md."""
+    return path.lower().split("/")[-1] in ABOUT
 
 
 def of_one_kind(chosen: Chosen) -> Chosen:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +153,10 @@ def encode_part(number: int, part: Part, job: Job) -> int:
     stem = Path(job.work, f"{number:05d}")
     skipped: dict[str, Any] = {"count": 0, "first": []}
     notes: dict[str, dict[str, Any]] = {}
-    reading = replace(job.reading, split="all") if part.val else job.reading
     with replacing(stem.with_suffix(".bin"), MARK) as temp:
         with TokenFile(temp, token_type(tok.vocab_size)) as out:
             writer = PartWriter(tok, out)
-            for document in readers.documents(part, reading, stem.with_suffix(".hub")):
+            for document in readers.documents(part, job.reading, stem.with_suffix(".hub")):
                 try:
                     if isinstance(document, BadData):
                         raise document

@@ -421,6 +421,109 @@ def test_archives_have_splits_and_strangers(script, tmp_path):
         assert texts_in(tmp_path / f"{name}2") == sorted(TEXTS[100:150])
 
 
+ARCHIVES = {
+    ".zip": zip_of,
+    ".tar": lambda members: tar_of(members),
+    ".tar.gz": lambda members: gzip.compress(tar_of(members), 1),
+}
+
+
+def parted(**names):
+    """Members of an archive: the rows of a split in each."""
+    return [(name, rows(PARTED[split])) for split, name in names.items()]
+
+
+def left_out(folder):
+    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))["left_out"]
+
+
+@pytest.mark.parametrize(
+    "name", ["my_training_data.zip", "train_test_valid.tar", "training.tar.gz", "eval.zip", "x.tar"]
+)
+def test_the_splits_in_an_archive_count_before_its_own_name(script, tmp_path, name):
+    members = parted(train="train.jsonl", validation="valid.jsonl", test="test.jsonl")
+    path = tmp_path / name
+    path.write_bytes(ARCHIVES[name[name.index(".") :]](members))
+    assert run(script, path, tmp_path / "a").code == 0
+    assert texts_in(tmp_path / "a") == sorted(PARTED["train"])
+    assert left_out(tmp_path / "a") == {"of split validation": 1, "of split test": 1}
+    assert run(script, path, tmp_path / "b", "--split=test").code == 0
+    assert texts_in(tmp_path / "b") == sorted(PARTED["test"])
+    assert run(script, path, tmp_path / "c", "--val_split=dev").code == 0
+    assert documents(tmp_path / "c", "train") == PARTED["train"]
+    assert documents(tmp_path / "c", "val") == PARTED["validation"]
+    assert left_out(tmp_path / "c") == {"of split test": 1}
+    refused(run(script, path, tmp_path / "d", "--split=no"), "'no'", "test, train, validation")
+    refused(run(script, path, tmp_path / "d", "--val_split=no"), "'no'", "test, train, validation")
+    refused(run(script, path, tmp_path / "d", "--val_split=train"), "trained on")
+
+
+def test_an_archives_own_name_counts_where_no_name_in_it_says_a_split(script, tmp_path):
+    src = tmp_path / "src"
+    for split, texts in PARTED.items():
+        (src / split).mkdir(parents=True)
+        (src / split / "data.zip").write_bytes(zip_of([("part.jsonl", rows(texts))]))
+    for flags, split in (((), "train"), (("--split=test",), "test")):
+        assert run(script, src, tmp_path / split, *flags).code == 0
+        assert texts_in(tmp_path / split) == sorted(PARTED[split])
+    assert run(script, src, tmp_path / "v", "--val_split=valid").code == 0
+    assert documents(tmp_path / "v", "val") == PARTED["validation"]
+    (tmp_path / "test.zip").write_bytes(zip_of([("part.jsonl", rows(PARTED["test"]))]))
+    assert run(script, tmp_path / "test.zip", tmp_path / "t").code == 0
+    for value in ("train", "all"):
+        result = run(script, tmp_path / "test.zip", tmp_path / "u", f"--split={value}")
+        refused(result, "--split has no effect")
+    result = run(script, tmp_path / "test.zip", tmp_path / "w", "--val_split=validation")
+    refused(result, "there is no split 'validation'")
+
+
+def test_splits_one_level_down(script, tmp_path):
+    """In the archives of a folder, and in archives in an archive."""
+    tars = [(f"{s}.tar", tar_of([("a.jsonl", rows(texts))])) for s, texts in PARTED.items()]
+    src = tmp_path / "src"
+    src.mkdir()
+    (src / "all.tar").write_bytes(tar_of(tars))
+    for source in (src, src / "all.tar"):
+        out = tmp_path / f"of_{source.name}"
+        assert run(script, source, out / "a").code == 0
+        assert texts_in(out / "a") == sorted(PARTED["train"])
+        assert left_out(out / "a") == {"of split validation": 1, "of split test": 1}
+        assert run(script, source, out / "b", "--split=test").code == 0
+        assert texts_in(out / "b") == sorted(PARTED["test"])
+        assert run(script, source, out / "c", "--val_split=validation").code == 0
+        assert documents(out / "c", "val") == PARTED["validation"]
+        refused(run(script, source, out / "d", "--val_split=no"), "'no'", "validation")
+
+
+@pytest.mark.parametrize("kind", [*ARCHIVES, "folder"])
+@pytest.mark.parametrize("above", ["", "corpus-1.0/"])
+def test_what_tells_about_the_data_is_no_document(script, tmp_path, kind, above):
+    members = [("train.jsonl", rows(TEXTS[:200])), ("test.jsonl", rows(TEXTS[200:]))]
+    plain = [("a.jsonl", rows(TEXTS[:200]))]
+    for number, found in enumerate((members, plain)):
+        found = [*found, ("README.md", b"about"), ("LICENSE.txt", b"mine")]
+        source = tmp_path / f"{number}{kind}"
+        if kind == "folder":
+            for name, data in found:
+                (source / above).mkdir(parents=True, exist_ok=True)
+                (source / above / name).write_bytes(data)
+        else:
+            source.write_bytes(ARCHIVES[kind]([(above + name, data) for name, data in found]))
+        result = run(script, source, tmp_path / f"o{number}")
+        assert result.code == 0 and "2 about the data" in result.out, result
+        assert texts_in(tmp_path / f"o{number}") == sorted(TEXTS[:200])
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_the_same_rows_in_several_kinds_of_files_are_read_once(script, tmp_path, kind):
+    members = [("train.csv", table(TEXTS[:200])), ("train.jsonl", rows(TEXTS[:200]))]
+    members.append(("test.csv", table(TEXTS[200:])))
+    (tmp_path / f"a{kind}").write_bytes(ARCHIVES[kind](members))
+    assert run(script, tmp_path / f"a{kind}", tmp_path / "out").code == 0
+    assert texts_in(tmp_path / "out") == sorted(TEXTS[:200])
+    assert left_out(tmp_path / "out") == {"of other kinds": 1, "of split test": 1}
+
+
 def test_zips_that_cannot_be_read(script, tmp_path):
     (tmp_path / "bomb.zip").write_bytes(zip_of([("a.txt", bytes(300 * 2**20))]))
     refused(run(script, tmp_path / "bomb.zip", tmp_path / "x"), "a.txt", "bomb")

@@ -85,11 +85,11 @@ def stream_documents(
 ) -> Iterator[Document]:
     """The documents of an unpacked stream, by the name that `where` ends with."""
     what = content(where)
-    head = peek(f) if reading.encoding else b""
-    if not head.isascii() and encoding.begins_utf8(head):  # ASCII is in most encodings
-        yield Note(f"{UTF8}, not in {reading.encoding}", where)
-    elif reading.encoding:
-        f = io.BufferedReader(encoding.AsUtf8(f, reading.encoding, where))
+    if reading.encoding:
+        name, read_as = reading.encoding, encoding.of(peek(f), reading.encoding)
+        if read_as != name:
+            yield Note(f"{UTF8}, not in {name}", where)
+        f = io.BufferedReader(encoding.AsUtf8(f, read_as, where))
     if what == "text":
         yield from text_documents(f, where, reading.separator)
     elif what == "lines":

@@ -612,6 +612,36 @@ def test_a_damaged_byte_is_replaced_when_asked(script, tmp_path):
     refused(run(script, tmp_path / "a.txt", tmp_path / "z", "--encoding=big5"), "a.txt", "big5")
 
 
+@pytest.mark.parametrize(
+    ("name", "encoding"),
+    [
+        *((name, "utf-8:replace") for name in ("a.txt", "a.jsonl", "a.jsonl.gz", "a.csv")),
+        *((name, "cp1252:replace") for name in ("a.txt", "a.tar")),
+    ],
+)
+def test_damage_far_behind_utf8_is_replaced_when_asked(script, tmp_path, name, encoding):
+    text = CHINESE * 40
+    plain = {"a.jsonl": json.dumps({"text": text}, ensure_ascii=False), "a.csv": f"text\n{text}\n"}
+    data = plain.get(name.removesuffix(".gz"), text).encode()
+    at = data.rindex(text[:5].encode())
+    data = data[:at] + b"\xff" + data[at:]
+    made = {"a.jsonl.gz": gzip.compress, "a.tar": lambda data: tar_of([("a.txt", data)])}
+    (tmp_path / name).write_bytes(made.get(name, bytes)(data))
+    result = run(script, tmp_path / name, tmp_path / "out", f"--encoding={encoding}")
+    assert result.code == 0, result.err
+    found = "".join(d for s in ("train", "val") for d in documents(tmp_path / "out", s))
+    assert found.count("\ufffd") == 1 and found[:50] == text[:50]
+
+
+@pytest.mark.parametrize("text", ["le petit café", "café", "Ã"])
+def test_a_last_letter_is_no_sign_of_utf8(script, tmp_path, text):
+    (tmp_path / "a.txt").write_bytes(text.encode("latin-1"))
+    (tmp_path / "b.txt").write_bytes(b"some more text to split, and more")
+    result = run(script, tmp_path, tmp_path / "out", "--encoding=latin-1", "--val_fraction=0.5")
+    assert result.code == 0, result.err
+    assert text in texts_in(tmp_path / "out")
+
+
 def test_guesses():
     assert guess("text".encode("utf-16")) == "utf-16" and guess("text".encode("utf-32")) == "utf-32"
     assert (

@@ -70,6 +70,22 @@ def begins_utf8(data: bytes) -> bool:
     return True
 
 
+def of(head: bytes, asked: str) -> str:
+    """The encoding to read a text in that begins with `head`: the one asked for, or UTF-8.
+
+    What has characters beyond ASCII and is UTF-8 is nothing else. A last byte alone says nothing:
+    it could begin a character that is cut, or be the last letter of the text.
+    """
+    name, replace, _ = asked.partition(REPLACE)
+    if codecs.lookup(name).name in ("utf-8", "utf-8-sig"):
+        return asked
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return asked
+    return asked if text.isascii() else "utf-8" + replace
+
+
 class AsUtf8(io.RawIOBase):
     """The bytes of a text in another encoding, as UTF-8. Raises ValueError where it is not."""
 

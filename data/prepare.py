@@ -43,7 +43,7 @@ from configurator import configure, refuse, settings_of
 from data import sources
 from data.assembly import assemble, publish
 from data.parts import FULL, Reading, Source, content, fingerprint, kind
-from data.readers import ROWS, UTF8, template_fields
+from data.readers import ROWS, SAID, template_fields
 from data.sniff import (
     OF_FILES,
     OF_HUB,
@@ -373,7 +373,7 @@ def finish(
     if not notes.pop(ROWS, None) and archives_alone(found):
         refuse("on archives without files of rows", "text_column", "template")
     refuse_empty(work, facts, found, notes)
-    dropped = {why: note["count"] for why, note in notes.items() if not why.startswith(UTF8)}
+    dropped = {why: note["count"] for why, note in notes.items() if not why.startswith(SAID)}
     meta["left_out"] = {why: len(files) for why, files in found.left_out.items()} | dropped
     meta |= assemble(work, facts, tok, limit, val_fraction, seed)
     write(work / "meta.json", json.dumps(meta, indent=2) + "\n", MARK)
@@ -387,7 +387,7 @@ def finish(
     for one in skipped:
         print(f"left out {one['count']}: {'; '.join(one['first'][:3])}")
     for why, note in notes.items():
-        verb = "" if why.startswith(UTF8) else "left out "
+        verb = "" if why.startswith(SAID) else "left out "
         print(f"{verb}{note['count']} {why}: {', '.join(note['first'][:3])}")
     if limit and tokens > 2 * limit:
         print(f"max_tokens={max_tokens}, but documents are taken whole: there are {tokens:,}")

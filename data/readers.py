@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import string
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,13 @@ from text.files import utf8_decoder
 
 MAX_LINE = 64 * MIB  # bytes of one .jsonl line, or of one text of a .parquet or .arrow
 MAX_MEMBER = 16 * MIB  # bytes of one text of OpenWebText's archives
+MAX_LINES = 2**20  # of one row of a .csv, in quotes
+QUOTED = re.compile('"(?:[^"]|"")*"')
+IN_QUOTES = "a quote in a field in quotes is written twice, and a field in quotes ends with one"
+NO_QUOTES = "a .tsv has no fields in quotes: name it .csv if this one has"
+AS_THEY_ARE = f".tsv read with the quotes around fields ({NO_QUOTES})"
 UTF8 = "read as UTF-8, which they are"
+SAID = (UTF8, AS_THEY_ARE)  # what notes begin with that tell of nothing left out
 ROWS = "files of rows in archives"  # of a note that tells that a column was asked for
 
 # What a reader yields: a text, a text in blocks (a long file), damage, or a note.
@@ -364,32 +371,104 @@ def table_documents(f: io.BufferedIOBase, where: str, reading: Reading) -> Itera
     csv.field_size_limit(MAX_LINE)
     lines = text_lines(text_blocks(f, where), where)
     first = next(lines, "")
-    usual = "\t,;" if ".tsv" in (kind(where) or "") else ",;\t"
-    delimiter = next((d for d in usual if d in first), usual[0])
-    rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-    try:
-        names = next(rows)
-    except (StopIteration, csv.Error) as e:
-        raise BadData(f"{where} is damaged: {e}") from e
+    form = table_form(first, ".tsv" in (kind(where) or ""))
+    rows = table_rows(itertools.chain([first], lines), form)
+    _, names = next(rows, (1, []))
+    if isinstance(names, csv.Error):
+        raise BadData(f"{where} is damaged: {names}")
     if not names:
         raise BadData(f"{where} does not begin with a line that names its columns")
-    for column in columns(reading):
-        if names.count(column) != 1:
-            problem = "has no column" if column not in names else "has several columns"
-            raise WrongSetting(
-                f"{where} {problem} {column!r}; it has {', '.join(names)[:200]}: set --text_column"
-            )
+    names = column_names(names, where, reading)
+    plain, doubled = form["quoting"] == csv.QUOTE_NONE, False
+    for number, row in rows:
+        if isinstance(row, csv.Error):
+            yield BadData(f"{where} line {number} is not a row: {row}; {IN_QUOTES}")
+        elif row and len(row) != len(names):
+            what = f"{where} line {number}: {len(row)} fields, not {len(names)}"
+            yield BadData(f"{what}; {NO_QUOTES}" if plain else what)
+        elif row:
+            if plain and not doubled and any(map(is_quoted, row)):
+                doubled = True
+                yield Note(AS_THEY_ARE, where)
+            yield text_of(dict(zip(names, row, strict=True)), reading, where)
+
+
+def table_form(first: str, tabs: bool) -> dict[str, Any]:
+    """How a table is written, as csv.reader takes it, by its first line.
+
+    tabs: it is called .tsv. Such a file has no quotes (IANA, text/tab-separated-values), unless
+    its columns' names are in some. Where blanks follow the commas between the names, they do so in
+    the rows.
+    """
+    usual = "\t,;" if tabs else ",;\t"
+    delimiter = next((d for d in usual if d in first), usual[0])
+    plain = tabs and delimiter == "\t" and not first.startswith('"')
+    _, *names = first.strip("\n").split(delimiter)
+    return {
+        "delimiter": delimiter,
+        "quoting": csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
+        "skipinitialspace": bool(names) and all(name[:1] == " " for name in names),
+        "strict": True,
+    }
+
+
+def table_rows(
+    lines: Iterator[str], form: dict[str, Any]
+) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """The rows of a table, each with the number of its first line, or why it is none.
+
+    Where a line begins something that is no row, the next line begins one again, so that a quote
+    without its other half costs no more than its line.
+    """
+    again: deque[str] = deque()
+    taken: list[str] = []
+
+    def feed() -> Iterator[str]:
+        while (line := again.popleft() if again else next(lines, "")) and len(taken) < MAX_LINES:
+            taken.append(line)
+            yield line
+        if line:
+            again.appendleft(line)
+            raise csv.Error(f"it goes on for {MAX_LINES:,} lines")
+
+    number, rows = 1, csv.reader(feed(), **form)
     while True:
+        taken.clear()
         try:
             row = next(rows)
-            if row and len(row) != len(names):
-                yield BadData(f"{where} line {rows.line_num}: {len(row)} fields, not {len(names)}")
-            elif row:
-                yield text_of(dict(zip(names, row, strict=True)), reading, where)
         except StopIteration:
             return
         except csv.Error as e:
-            yield BadData(f"{where} line {rows.line_num} is not a row: {e}")
+            yield number, e
+            again.extendleft(reversed(taken[1:]))
+            number, rows = number + 1, csv.reader(feed(), **form)
+        else:
+            yield number, row
+            number += len(taken)
+
+
+def is_quoted(field: str) -> bool:
+    """Whether a field looks like one in quotes with quotes in it, which are written twice then."""
+    return field[:1] == '"' and '""' in field[1:-1] and re.fullmatch(QUOTED, field) is not None
+
+
+def column_names(names: list[str], where: str, reading: Reading) -> list[str]:
+    """The names of a table's columns, without blanks around them where no other are asked for.
+
+    Raises WrongSetting for a column that is not there.
+    """
+    if not {*columns(reading)} <= {*names}:
+        names = [name.strip() for name in names]
+    for column in columns(reading):
+        if names.count(column) != 1:
+            problem = "has no column" if column not in names else "has several columns"
+            mark = next((m for m in "|:^~" if len(names) == 1 and m in names[0]), "")
+            hint = f"; commas, semicolons and tabs separate columns, {mark!r} does not: save it so"
+            raise WrongSetting(
+                f"{where} {problem} {column!r}; it has {', '.join(names)[:200]}: set --text_column"
+                + (hint if mark else "")
+            )
+    return names
 
 
 def text_lines(blocks: Iterable[str], where: str) -> Iterator[str]:

@@ -355,7 +355,8 @@ MADE = {
     "texts.json": json.dumps(TEXTS).encode(),
     "a.csv": table(TEXTS),
     "semicolon.csv": table(TEXTS, ";"),
-    "a.tsv.gz": gzip.compress(table(TEXTS, "\t")),
+    "tabs.csv.gz": gzip.compress(table(TEXTS, "\t")),
+    "quoted.tsv.gz": gzip.compress(table(TEXTS, "\t").replace(b"id\ttext", b'"id"\t"text"', 1)),
     "a.zip": zip_of([("a/1.jsonl", rows(TEXTS[:100])), ("b.csv", table(TEXTS[100:]))]),
     "texts.zip": zip_of([(f"{i:03d}.md", t) for i, t in enumerate(TEXTS)]),
     "a.tar.gz": gzip.compress(tar_of([("1.json.gz", gzip.compress(rows(TEXTS)))])),
@@ -402,6 +403,51 @@ def test_long_rows_of_json_come_in_pieces(script, tmp_path):
 def test_damaged_forms(script, tmp_path, name, data, words):
     (tmp_path / name).write_bytes(data)
     refused(run(script, tmp_path / name, tmp_path / "out"), *words)
+
+
+def test_a_tsv_has_no_quotes(script, tmp_path):
+    texts = [f'"{i} words' if i % 3 else f'{i} "words", and "more"' for i in range(300)]
+    lines = "".join(f"{i}\t{t}\n" for i, t in enumerate(texts))
+    (tmp_path / "a.tsv").write_text(f"id\ttext\n{lines}", encoding="utf-8")
+    result = run(script, tmp_path / "a.tsv", tmp_path / "out")
+    assert result.code == 0 and "name it .csv" not in result.out, result
+    assert texts_in(tmp_path / "out") == sorted(texts)
+    kept = lines + '300\t"the ""last"" words"\n'
+    (tmp_path / "b.tsv").write_text(f"id\ttext\n{kept}", encoding="utf-8")
+    result = run(script, tmp_path / "b.tsv", tmp_path / "out2")
+    assert result.code == 0 and "name it .csv" in result.out and "left out" not in result.out
+    assert texts_in(tmp_path / "out2") == sorted([*texts, '"the ""last"" words"'])
+    assert left_out(tmp_path / "out2") == {}
+    (tmp_path / "c.tsv").write_bytes(table(TEXTS, "\t"))
+    refused(run(script, tmp_path / "c.tsv", tmp_path / "out3"), "line 2", "name it .csv")
+
+
+@pytest.mark.parametrize("bad", ['"open', '"Hello" he said', '"a" "b"'])
+def test_a_quote_without_its_other_half_costs_its_line(script, tmp_path, bad):
+    lines = [f"{i},text {i}\n" for i in range(300)]
+    lines[100] = f"100,{bad}\n"
+    (tmp_path / "a.csv").write_text(f"id,text\n{''.join(lines)}", encoding="utf-8")
+    refused(run(script, tmp_path / "a.csv", tmp_path / "x"), "line 102", "written twice")
+    result = run(script, tmp_path / "a.csv", tmp_path / "out", "--skip_bad=True")
+    assert result.code == 0 and "left out 1" in result.out
+    assert texts_in(tmp_path / "out") == sorted({f"text {i}" for i in range(300)} - {"text 100"})
+
+
+@pytest.mark.parametrize(
+    ("head", "row"),
+    [("id, text", '{}, "a, {}"'), ("id ,text ", '{},"a, {}"'), (" id;\ttext", '{};"a, {}"')],
+)
+def test_blanks_around_the_names_of_columns(script, tmp_path, head, row):
+    lines = "".join(row.format(i, i) + "\n" for i in range(50))
+    (tmp_path / "a.csv").write_text(f"{head}\n{lines}", encoding="utf-8")
+    result = run(script, tmp_path / "a.csv", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert texts_in(tmp_path / "out") == sorted(f"a, {i}" for i in range(50))
+
+
+def test_a_separator_that_is_not_read_is_named(script, tmp_path):
+    (tmp_path / "a.csv").write_text("id|text\n1|a\n", encoding="utf-8")
+    refused(run(script, tmp_path / "a.csv", tmp_path / "x"), "no column 'text'", "'|'", "tabs")
 
 
 def test_archives_have_splits_and_strangers(script, tmp_path):

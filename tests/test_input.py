@@ -14,7 +14,7 @@ from test_prepare import TEXTS, documents, nanogpt, write_jsonl, write_parquet
 from test_sources import tar_of, texts_in
 
 from data import splits, vocabulary
-from text.encoding import guess
+from text.encoding import guess, hint
 from text.split import cut_at
 
 CHINESE = "那天早上，老人走到海边，看见一条小船停在沙滩上。他想起了很多年以前的事情。" * 40
@@ -419,7 +419,7 @@ def test_a_tsv_has_no_quotes(script, tmp_path):
     assert texts_in(tmp_path / "out2") == sorted([*texts, '"the ""last"" words"'])
     assert left_out(tmp_path / "out2") == {}
     (tmp_path / "c.tsv").write_bytes(table(TEXTS, "\t"))
-    refused(run(script, tmp_path / "c.tsv", tmp_path / "out3"), "line 2", "name it .csv")
+    refused(run(script, tmp_path / "c.tsv", tmp_path / "out3"), "line 3", "name it .csv")
 
 
 @pytest.mark.parametrize("bad", ['"open', '"Hello" he said', '"a" "b"'])
@@ -641,7 +641,7 @@ def test_other_encodings_are_read_and_guessed(script, tmp_path, encoding):
         assert "".join(found) == text
         if name != "c.csv" and encoding != "cp1252" or name == "a.txt":  # neighbours are as likely
             result = run(script, path, tmp_path / "x")
-            refused(result, name, "not UTF-8", "looks like", "--encoding=")
+            refused(result, name, "not UTF-8", "perhaps", "--encoding=")
             guessed = result.err.split("--encoding=")[1].split()[0]
             assert content.encode(encoding).decode(guessed) == content
 
@@ -686,6 +686,44 @@ def test_a_last_letter_is_no_sign_of_utf8(script, tmp_path, text):
     result = run(script, tmp_path, tmp_path / "out", "--encoding=latin-1", "--val_fraction=0.5")
     assert result.code == 0, result.err
     assert text in texts_in(tmp_path / "out")
+
+
+SAID = (
+    ("cp1252", "Les élèves étaient arrivés très tôt à l'école, où le garçon mangeait."),
+    ("cp1252", "Não sei o que dizer: é difícil explicar às crianças que a avó já não está."),
+    ("cp1252", "En flicka gick på vägen åt skogen för att hälsa på sin mormor."),
+    ("cp1252", "El niño comió un plátano. ¿Dónde está la señora? Mañana será otro día."),
+    ("cp1252", "Die Mädchen grüßen den Bäcker, der schöne Brötchen hat."),
+    ("cp1252", "Hän näki, että tämä päivä jää lyhyeksi. Yö on täällä."),
+    ("cp1252", "It’s a “quoted” line — and more… of the same kind."),
+    ("cp1250", "Chciałbym zamówić kawę i ciastko. Źle się czuję, więc pójdę do łóżka."),
+    ("iso8859-2", "Příliš žluťoučký kůň úpěl ďábelské ódy."),
+    ("cp1254", "Bir sabah yaşlı adam denize gitti ve küçük bir kayık gördü, ağladı."),
+    ("cp1251", "Однажды утром старик пошёл к морю и увидел маленькую лодку."),
+    ("koi8-r", "Однажды утром старик пошёл к морю и увидел маленькую лодку."),
+    ("cp1253", "Ένα πρωί ο γέρος πήγε στη θάλασσα και είδε μια μικρή βάρκα."),
+    ("gb18030", "那天早上，老人走到海边，看见一条小船停在沙滩上。他想起了很多年以前的事情。"),
+    ("cp949", "어느 날 아침 노인은 바다로 가서 작은 배를 보았다. 그는 옛날 일을 떠올렸다."),
+    ("euc_jp", "彼は海辺で小さな船を見た。それは昔のことです。"),
+)
+
+
+@pytest.mark.parametrize("before", ["", "Plain English stands before it, for long.\n" * 3000])
+def test_encodings_are_guessed_from_what_is_not_ascii(before):
+    for encoding, text in SAID:
+        data = (before + text + "\n").encode(encoding)
+        guessed = guess(data)
+        assert data.decode(guessed) == before + text + "\n", (encoding, guessed)
+        assert "perhaps" in hint(data) and next(c for c in text if not c.isascii()) in hint(data)
+
+
+def test_a_guess_is_of_what_is_around_the_first_bad_byte(script, tmp_path):
+    """Not of the megabyte in which it lies: what is advised would have destroyed the text."""
+    text = "Plain English stands before it, for long.\n" * 3000 + CHINESE
+    (tmp_path / "a.txt").write_bytes(text.encode("gb18030"))
+    refused(run(script, tmp_path / "a.txt", tmp_path / "x"), "那天早上", "--encoding=gb18030")
+    (tmp_path / "b.txt").write_bytes("一二三".encode() * 50_000 + b"\xff" + CHINESE.encode())
+    refused(run(script, tmp_path / "b.txt", tmp_path / "x"), "--encoding=utf-8:replace")
 
 
 def test_guesses():

@@ -3,6 +3,7 @@
 import codecs
 import io
 import re
+from collections import Counter
 from typing import Any
 
 LOOKED_AT = 2**16  # bytes
@@ -16,29 +17,112 @@ SAME = {"gb2312": "gb18030", "gbk": "gb18030", "big5hkscs": "big5", "ascii": ""}
 REPLACE = ":replace"  # behind an encoding: what is none of it becomes U+FFFD
 KANA = re.compile("[\u3041-\u3096]")  # in a tenth of any Japanese text, and in no other
 FEW = 0.01  # of the characters beyond ASCII that may be damage in a text that is UTF-8
+DAMAGED = 2  # bytes that are damage rather than a text in another encoding
+LETTERS = {  # beyond ASCII, of each language that an encoding was made for
+    "cp1252": (
+        "àâæçéèêëîïôœùûü",  # French
+        "áéíóúüñºª",  # Spanish
+        "áâãàçéêíóôõúüºª",  # Portuguese
+        "àáèéêìíîòóùúç",  # Italian
+        "àçèéíïòóúü",  # Catalan
+        "äöüßé",  # German
+        "åäöéšž",  # Swedish, Finnish
+        "æøåéèêòóô",  # Danish, Norwegian
+        "ëïéèêöüáó",  # Dutch
+        "áéíóúýðþæö",  # Icelandic
+    ),
+    "cp1250": (
+        "ąćęłńóśźż",  # Polish
+        "áčďéěíňóřšťúůýžäĺľŕô",  # Czech, Slovak
+        "áéíóöőúüű",  # Hungarian
+        "čćđšž",  # Croatian, Slovene
+        "ăâîşţ",  # Romanian
+    ),
+    "cp1254": ("çğıöşüâîû",),  # Turkish
+    "cp1257": ("āčēģīķļņšūž", "ąčęėįšųūž", "äöüõšž"),  # Latvian, Lithuanian, Estonian
+}
+LETTERS["iso8859-2"] = LETTERS["cp1250"]
+SIGNS = "“”‘’„‚‹›«»–—…•€£¥§°©®™¿¡·×±½¼¾²³´"
+PLAUSIBLE = 0.95  # of the characters beyond ASCII of a text in one of these languages
+USUAL = (  # encodings that people have: others are guessed more often than they are met
+    *("gb18030", "big5", "cp932", "euc_jp", "cp949", "koi8_r", "koi8_u", "cp866", "cp874"),
+    *("cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258"),
+    *("iso8859_2", "iso8859_5", "iso8859_7", "utf_16", "utf_32", "utf_7"),
+)
+SAMPLE = 24  # characters that show how a guess reads
 
 
 def guess(data: bytes) -> str:
-    """The name of the encoding that bytes look like, "" for no idea."""
+    """The name of the encoding that bytes look like around the first that is not UTF-8.
+
+    "" for no idea.
+    """
     for mark, name in MARKS:
         if data.startswith(mark):
             return name
-    data = data[:LOOKED_AT]
+    data = near(data)
     if not data:
         return ""
     zeros = [data[i::2].count(0) for i in range(2)]
     if sum(zeros) > len(data) / 4:
         return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
     text = data.decode("utf-8", "replace")
-    beyond = sum(not c.isascii() for c in text)
     bad = text.count("\ufffd")
-    if bad <= max(1, FEW * beyond) < beyond or bad <= len(text) / 1000:
+    good = sum(not c.isascii() for c in text) - bad
+    if bad <= max(1, FEW * good) < good:
         return "utf-8" + REPLACE
-    from charset_normalizer import from_bytes  # a moment, and only where something is wrong
+    shares = {name: plausible(data, name) for name in LETTERS}
+    if max(shares.values()) >= PLAUSIBLE:
+        return max(shares, key=shares.__getitem__)
+    if bad <= min(DAMAGED, len(text) / 1000):
+        return "utf-8" + REPLACE
+    # a moment, and only where something is wrong
+    from charset_normalizer import from_bytes
 
-    found = list(from_bytes(data))
+    found = list(from_bytes(beyond_ascii(data), cp_isolation=[*USUAL]))
     found.sort(key=lambda match: len(KANA.findall(str(match))) < len(str(match)) / 10)
-    return SAME.get(found[0].encoding, found[0].encoding).replace("_", "-") if found else ""
+    name = SAME.get(found[0].encoding, found[0].encoding).replace("_", "-") if found else ""
+    return name or ("utf-8" + REPLACE if bad <= len(text) / 1000 else "")
+
+
+def near(data: bytes) -> bytes:
+    """What is around the first byte that is not UTF-8, from the start of a line on if one is near.
+
+    The number of bytes before it is even, for encodings with two bytes a character.
+    """
+    try:
+        data.decode("utf-8")
+        at = 0
+    except UnicodeDecodeError as e:
+        at = e.start
+    start = max(0, at - LOOKED_AT)
+    start = max(start, data.find(b"\n", start, at) + 1) if start else 0
+    return data[start - start % 2 : at + LOOKED_AT]
+
+
+def beyond_ascii(data: bytes) -> bytes:
+    """The lines that are not ASCII alone, which tell nothing."""
+    return b"\n".join(line for line in data.split(b"\n") if not line.isascii())
+
+
+def plausible(data: bytes, name: str) -> float:
+    """The share of the characters beyond ASCII that fit, when bytes are read in an encoding.
+
+    That is: they are of one language that it was made for, and stand in words with other letters,
+    or alone; or they are signs.
+    """
+    try:
+        text = data.decode(name).replace("\xa0", " ")
+    except UnicodeDecodeError:
+        return 0.0
+    letters: Counter[str] = Counter()
+    for word in re.findall(r"[^\W\d_]+", text):
+        beyond = [c for c in word if not c.isascii()]
+        if len(word) == 1 or len(beyond) < 0.7 * len(word):
+            letters.update(c.lower() for c in beyond)
+    known = max(sum(letters[c] for c in language) for language in LETTERS[name])
+    signs = len(re.findall(f"(?<![{SIGNS}])[{SIGNS}](?![{SIGNS}])", text))
+    return (known + signs) / max(1, sum(not c.isascii() for c in text))
 
 
 def hint(data: bytes) -> str:
@@ -46,7 +130,17 @@ def hint(data: bytes) -> str:
     name = guess(data)
     if name == "utf-8" + REPLACE:
         return "; the rest is: add --encoding=utf-8:replace for U+FFFD in its place"
-    return f"; it looks like {name}: add --encoding={name}" if name else "; add --encoding=..."
+    if not name:
+        return "; add --encoding=..."
+    return f"; it is perhaps {name}, {sample(data, name)!r}: add --encoding={name}"
+
+
+def sample(data: bytes, name: str) -> str:
+    """How the first of bytes that are not ASCII read in an encoding, with what is around them."""
+    text = near(data).decode(name, "replace")
+    first = re.search(r"[^\0-\x7f\ufeff]", text)
+    at = max(0, first.start() - SAMPLE // 2) if first else 0
+    return " ".join(text[at : at + SAMPLE].split())
 
 
 def check(encoding: str) -> None:

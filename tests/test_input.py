@@ -242,6 +242,9 @@ def test_where_a_source_is_cut():
     assert cut_at(np.full(5000, 100), 0.05, 2357) == 0
     few = np.array([1_000_000, 500_000, 30_000, 30_000])
     assert cut_at(few, 0.05, 2357) == 1_500_000, "at an edge that is near"
+    small = np.array([100_000] + [600] * 10)
+    assert cut_at(small, 0.05, 2357) == 100_600, "at the nearest edge, not at the last one"
+    assert cut_at(small[::-1], 0.05, 2357) < 106_000 * 0.951, "inside a document where none is near"
     assert 0 < cut_at(np.array([100, 10**6]), 0.05, 2357) < 10**6
     assert cut_at(np.array([10, 5, 7]), 0.05, 2357) == 0, "too little to cut"
 

@@ -49,7 +49,7 @@ def cut_at(lengths: Ints, fraction: float, seed: int) -> int:
     """Where a source of few and very unequal documents is cut by tokens; 0: split by documents.
 
     lengths: tokens of each document. What follows that many tokens of the source is for
-    validation. It is an edge between two documents where there is one near.
+    validation. It is the nearest edge between two documents, where there is one near.
     """
     documents = len(lengths)
     total = int(lengths.sum()) - documents  # without end-of-text
@@ -60,8 +60,9 @@ def cut_at(lengths: Ints, fraction: float, seed: int) -> int:
         if not is_uneven(lengths, val_documents(documents, fraction, seed), fraction):
             return 0
     edges = np.cumsum(lengths)[:-1]
-    near = edges[np.abs(edges - (total - wanted)) <= wanted / 2]
-    return int(near[-1]) if len(near) else total - wanted
+    off = np.abs(edges - (total - wanted))
+    nearest = int(off.argmin()) if len(edges) else 0
+    return int(edges[nearest]) if len(edges) and off[nearest] <= wanted / 2 else total - wanted
 
 
 def split_parts(

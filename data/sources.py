@@ -93,7 +93,8 @@ def local_source(
     whole: bool = False,
 ) -> Source:
     """The files of a folder or pattern. whole: it is a copy of all of OpenWebText."""
-    base, left = path, dict[str, list[str]]()
+    asked, (path, told) = path, one_revision(path)
+    base = path
     if path.is_dir():
         paths = files_below(path)
     else:
@@ -105,7 +106,7 @@ def local_source(
             raise ValueError(f"{path} is the dataset's own folder; choose another --dataset")
         if base.resolve() in out.resolve().parents:
             paths = [p for p in paths if out.resolve() not in p.resolve().parents]
-    there = [p for p in sorted(paths) if p.is_file()]
+    there, left = of_one_revision(base, [p for p in sorted(paths) if p.is_file()])
     if odd := sorted({*paths} - {*there}):
         left["that are no files (links to nothing, pipes)"] = below(base, odd)
     names, others = readable(below(base, there))
@@ -133,15 +134,68 @@ def local_source(
         local_parts([base / n for n in chosen.val], reading), chosen.val, chosen
     ):
         parts.append(replace(part, shard=part.shard + len(files), val=True))
-    said = [f"{path}: {counted(chosen.train)} for training"]
+    said = [*told, f"{path}: {counted(chosen.train)} for training"]
     if chosen.val:
-        said[0] += f", {counted(chosen.val)} for validation"
+        said[-1] += f", {counted(chosen.val)} for validation"
     if left:
         said.append(f"left out: {listed(left)}")
     if chosen.others.keys() - {OTHER_KIND}:
         said.append("--split=NAME reads another split, --split=all all of them")
     documents = OPENWEBTEXT_DOCUMENTS if whole else None
-    return Source(str(path.resolve()), parts, len(files), None, documents, said, left)
+    return Source(str(asked.resolve()), parts, len(files), None, documents, said, left)
+
+
+def one_revision(path: Path) -> tuple[Path, list[str]]:
+    """A folder itself, or the snapshot of an entry of the Hub's cache, and what is said of that."""
+    entry = path.parent if path.name == "snapshots" else path
+    found = revisions(entry) if path.is_dir() else []
+    if not found:
+        return path, []
+    chosen = revision_of(entry, found)
+    others = "".join(f", not {name}" for name in found if name != chosen)
+    return entry / "snapshots" / chosen, [f"{entry}: revision {chosen} is read{others}"]
+
+
+def revisions(entry: Path) -> list[str]:
+    """The snapshots in a folder that is an entry of the Hub's cache; [] for one that is none."""
+    if not (entry / "snapshots").is_dir() or not (entry / "blobs").is_dir():
+        return []
+    return sorted(p.name for p in (entry / "snapshots").iterdir() if p.is_dir())
+
+
+def revision_of(entry: Path, found: list[str]) -> str:
+    """Which of an entry's snapshots is read: that of refs/main, or the only one.
+
+    Raises ValueError naming them when that is not known.
+    """
+    main = entry / "refs" / "main"
+    named = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+    if len(found) == 1 or named in found:
+        return named if named in found else found[0]
+    raise ValueError(
+        f"{entry} has {len(found)} revisions ({', '.join(found)}) and no refs/main that names one: "
+        f"name it, such as --source={entry / 'snapshots' / found[0]}"
+    )
+
+
+def of_one_revision(base: Path, paths: list[Path]) -> tuple[list[Path], dict[str, list[str]]]:
+    """Files without those of other revisions where entries of the Hub's cache lie below a source.
+
+    The second is what is left out. Raises ValueError where one has to be chosen.
+    """
+    revision: dict[tuple[str, ...], str] = {}  # of each entry that was met
+    kept: list[Path] = []
+    others: list[Path] = []
+    for path in paths:
+        inside = path.relative_to(base).parts
+        at = inside.index("snapshots") if "snapshots" in inside[:-1] else -1
+        if at >= 0 and inside[:at] not in revision:
+            entry = base.joinpath(*inside[:at])
+            found = revisions(entry)
+            revision[inside[:at]] = revision_of(entry, found) if found else ""
+        other = at >= 0 and revision[inside[:at]] not in ("", inside[at + 1])
+        (others if other else kept).append(path)
+    return kept, {"of another revision": below(base, others)} if others else {}
 
 
 def with_names(parts: list[Part], names: list[str], chosen: Chosen) -> list[Part]:

@@ -217,6 +217,44 @@ def test_files_beside_a_test_file_are_for_training(script, tmp_path):
     refused(run(script, tmp_path / "src" / "test.jsonl", tmp_path / "z", "--split=test"), "--split")
 
 
+def cached(hub, revisions, main=None):
+    """An entry of the Hub's cache as hf download writes it, with copies where that has links."""
+    entry = hub / "datasets--u--n"
+    (entry / "blobs").mkdir(parents=True)
+    for revision, texts in revisions.items():
+        blob, folder = entry / "blobs" / revision[::-1], entry / "snapshots" / revision
+        blob.write_bytes(rows(texts))
+        folder.mkdir(parents=True)
+        (folder / "a.jsonl").write_bytes(blob.read_bytes())
+        (folder / "README.md").write_text("---\nconfigs: []\n---\n", encoding="utf-8")
+    if main:
+        (entry / "refs").mkdir()
+        (entry / "refs" / "main").write_text(main, encoding="utf-8")
+    return entry
+
+
+@pytest.mark.parametrize("where", [".", "snapshots", "..", "**/*.jsonl", "../**/*.jsonl"])
+def test_one_revision_of_the_hubs_cache_is_read(script, tmp_path, where):
+    found = {"aaa": TEXTS[:100], "bbb": TEXTS[:150]}
+    for hub, revisions, main in (("a", found, "aaa"), ("b", {"bbb": TEXTS[:150]}, None)):
+        entry = cached(tmp_path / hub, revisions, main)
+        result = run(script, entry / where, tmp_path / f"o{hub}")
+        assert result.code == 0, result.err
+        assert texts_in(tmp_path / f"o{hub}") == sorted(revisions[main or "bbb"])
+        assert hub == "b" or "bbb" in result.out
+    entry = cached(tmp_path / "c", found)
+    refused(run(script, entry / where, tmp_path / "oc"), "2 revisions", "aaa, bbb", "--source=")
+    assert run(script, entry / "snapshots" / "aaa", tmp_path / "oc").code == 0
+
+
+def test_a_folder_called_snapshots_is_one_like_any(script, tmp_path):
+    for name in ("2023", "2024"):
+        (tmp_path / "src" / "snapshots" / name).mkdir(parents=True)
+        write_jsonl(tmp_path / "src" / "snapshots" / name / "a.jsonl", [name] * 20)
+    assert run(script, tmp_path / "src", tmp_path / "out").code == 0
+    assert texts_in(tmp_path / "out") == ["2023"] * 20 + ["2024"] * 20
+
+
 # --- the share of validation
 
 

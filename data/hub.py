@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.parts import FULL, READ, Part, Source, listed
-from data.splits import Chosen, choose, is_named, of_one_kind, readable, reasons
+from data.splits import Chosen, choose, doubtful, is_named, of_one_kind, readable, reasons
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCUMENTS = 8_013_769
@@ -85,6 +85,7 @@ def source_of(
     parts = [replace(part, named=is_named(part.files[0], chosen)) for part in parts]
     left = left | reasons(chosen)
     said = [f"{repo} at {sha[:7]}: {len(chosen.train)} files for training"]
+    said += doubtful(chosen)
     if left:
         said.append(f"left out: {listed(left)}")
     documents = OPENWEBTEXT_DOCUMENTS if repo.lower() == OPENWEBTEXT.lower() else None

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data import archives, members
+from data import archives, members, splits
 from data.archives import BLOCK, CLEANED, Member, damage
 from data.hub import fetch
 from data.parts import (
@@ -41,7 +41,7 @@ IN_QUOTES = "a quote in a field in quotes is written twice, and a field in quote
 NO_QUOTES = "a .tsv has no fields in quotes: name it .csv if this one has"
 AS_THEY_ARE = f".tsv read with the quotes around fields ({NO_QUOTES})"
 UTF8 = "read as UTF-8, which they are"
-SAID = (UTF8, AS_THEY_ARE)  # what notes begin with that tell of nothing left out
+SAID = (UTF8, AS_THEY_ARE, splits.MAY_SAY)  # what notes begin with that tell of nothing left out
 ROWS = "files of rows in archives"  # of a note that tells that a column was asked for
 
 # What a reader yields: a text, a text in blocks (a long file), damage, or a note.
@@ -618,6 +618,8 @@ def archive_documents(file: str, reading: Reading, part: Part) -> Iterator[Docum
         if isinstance(member.stream, BadData):
             yield member.stream
         elif member.stream is not None and choice.reads(member.path, second):
+            if not second and splits.may_say(member.path):
+                yield Note(splits.MAY_SAY, member.where)
             yield from member_documents(member, reading)
         elif not second:  # what is left out is told once
             link = member.stream is None

@@ -26,6 +26,7 @@ from data.splits import (
     OTHER_KIND,
     Chosen,
     choose,
+    doubtful,
     folder_configs,
     is_named,
     of_one_kind,
@@ -137,6 +138,7 @@ def local_source(
     said = [*told, f"{path}: {counted(chosen.train)} for training"]
     if chosen.val:
         said[-1] += f", {counted(chosen.val)} for validation"
+    said += doubtful(chosen)
     if left:
         said.append(f"left out: {listed(left)}")
     if chosen.others.keys() - {OTHER_KIND}:

@@ -11,15 +11,26 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.parts import ARCHIVES, content, is_hidden, kind, suffix_of
+from data.parts import ARCHIVES, content, is_hidden, kind, listed, suffix_of
 from text.files import named_reason
 
 NAMES = {  # what people call the splits
-    "train": ("train", "training", "trainset"),
-    "validation": ("validation", "valid", "val", "dev", "devset", "valset", "heldout", "holdout"),
-    "test": ("test", "testing", "testset", "eval", "evaluation"),
+    "train": ("train", "training", "trainset", "traindata"),
+    "validation": (
+        *("validation", "valid", "val", "dev", "heldout", "holdout"),
+        *("validset", "valset", "devset", "validdata", "valdata", "devdata"),
+    ),
+    "test": ("test", "testing", "testset", "testdata", "eval", "evaluation", "evalset", "evaldata"),
 }
 SPLIT_OF = {word: split for split, words in NAMES.items() for word in words}
+WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # of a name; a capital begins one
+ENDS_AS_SPLIT = re.compile("(test|dev|valid|eval)$")
+NO_SPLIT = {  # words that end so
+    *("latest", "greatest", "fastest", "shortest", "lightest", "brightest", "softest", "smartest"),
+    *("sweetest", "cutest", "hottest", "quietest", "neatest", "strictest", "tightest", "contest"),
+    *("protest", "attest", "detest", "invalid", "medieval", "primeval", "retrieval"),
+}
+MAY_SAY = "whose names have a word that ends like one: take out, or rename, what is none of train"
 UNNAMED = ""  # the group of the files whose names say no split
 OTHER = "*"  # the group of the files of another subset, or of none that a card has
 OTHER_KIND = "**"  # the group of the files of other kinds than those that are read
@@ -44,14 +55,27 @@ def split_in(path: str) -> str:
     """The split that a file's path (with /) names, UNNAMED where it names none.
 
     Any word of the file's name may say it, or of a folder's, the nearest first; case and what
-    stands between the words do not matter.
+    stands between the words do not matter, and a capital begins a word.
     """
-    name = path[: len(path) - len(kind(path) or "")].lower()
-    for piece in reversed(name.split("/")):
-        for word in re.findall("[a-z]+", piece):
+    for piece in reversed(words_of(path)):
+        for word in piece:
             if word in SPLIT_OF:
                 return SPLIT_OF[word]
     return UNNAMED
+
+
+def words_of(path: str) -> list[list[str]]:
+    """The words of a path's folders and of its name, small."""
+    name = path[: len(path) - len(kind(path) or "")]
+    return [[word.lower() for word in WORD.findall(piece)] for piece in name.split("/")]
+
+
+def may_say(path: str) -> bool:
+    """Whether a path that says no split has a word that ends like one: newstest2014.txt."""
+    if split_in(path):
+        return False
+    words = [word for piece in words_of(path) for word in piece]
+    return any(ENDS_AS_SPLIT.search(word) and word not in NO_SPLIT for word in words)
 
 
 def has_word(word: str, path: str) -> bool:
@@ -261,6 +285,13 @@ def readable(names: list[str]) -> tuple[list[str], dict[str, list[str]]]:
         left["about the data"] = about
         kept = [n for n in kept if n not in about]
     return kept, left
+
+
+def doubtful(chosen: Chosen) -> list[str]:
+    """A line that names what is trained on though its name may say another split, if there is."""
+    if names := [name for name in chosen.train if may_say(name)]:
+        return [f"trained on, though a split may be meant: {listed({MAY_SAY: names})}"]
+    return []
 
 
 def tells(path: str) -> bool:

@@ -202,6 +202,45 @@ def test_names_that_say_a_split():
         assert splits.split_in(name) == ""
 
 
+def test_capitals_begin_the_words_of_a_name():
+    for name in (
+        "trainData.json",
+        "TrainSet.txt",
+        "myTrain.txt",
+        "a/TRAIN_v2.txt",
+        "traindata.txt",
+    ):
+        assert splits.split_in(name) == "train", name
+    for name in ("validData.json", "wikiDev.txt", "DevSet.csv", "devdata.txt", "theValid2.txt"):
+        assert splits.split_in(name) == "validation", name
+    for name in ("testData.json", "WikiTest.txt", "testdata.txt", "EvalSet.csv"):
+        assert splits.split_in(name) == "test", name
+    for name in (
+        "latestNews.txt",
+        "Contest.txt",
+        "theGreatest.txt",
+        "Developer.txt",
+        "aContestB.md",
+    ):
+        assert splits.split_in(name) == "" and not splits.may_say(name), name
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_word_that_ends_like_a_split_is_mentioned(script, tmp_path, kind):
+    names = ["newstrain2014.txt", "newstest2014.txt", "newsdev2014.txt", "latest.txt"]
+    source = tmp_path / f"a.{kind}"
+    if kind == "zip":
+        source.write_bytes(zip_of([(name, "some words\n" * 30) for name in names]))
+    else:
+        source.mkdir()
+        for name in names:
+            (source / name).write_text("some words\n" * 30, encoding="utf-8")
+    result = run(script, source, tmp_path / "out")
+    (line,) = [line for line in result.out.splitlines() if "newstest2014" in line]
+    assert "2 whose names" in line and "newsdev2014" in line and "latest" not in line
+    assert left_out(tmp_path / "out") == {}
+
+
 def test_files_beside_a_test_file_are_for_training(script, tmp_path):
     for name, texts in {"a": TEXTS[:100], "test": TEXTS[100:200]}.items():
         write_jsonl(tmp_path / f"{name}.jsonl", texts)

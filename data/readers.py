@@ -143,9 +143,8 @@ def text_blocks(f: io.BufferedIOBase, where: str) -> Iterator[str]:
             text = utf8.decode(data, final=not data)
         except UnicodeDecodeError as e:
             place = seen - len(e.object) + e.start
-            raise BadData(
-                f"{where} is not UTF-8 text ({e.reason} at byte {place}){encoding.hint(last)}"
-            ) from e
+            hint = encoding.hint(e.object if data else last)
+            raise BadData(f"{where} is not UTF-8 text ({e.reason} at byte {place}){hint}") from e
         except DAMAGE as e:
             raise damage(where, e) from e
         if text:

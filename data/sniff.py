@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 from configurator import refuse, typed
 from data import archives, splits
-from data.parts import ARCHIVES, DAMAGE, MIB, Part, Reading, Source, content
-from data.readers import chosen_in, stream_documents
+from data.members import unread
+from data.parts import ARCHIVES, DAMAGE, MIB, BadData, Part, Reading, Source, content
+from data.readers import Document, chosen_in, member_documents, stream_documents
 from text.files import path_of
 from text.tokenizer import EOT_NAMES
 
@@ -71,17 +72,18 @@ def check_separator(name: str, found: Source, reading: Reading) -> None:
 
     Without one, says which mark in the text could be one.
     """
-    files = [(p, f) for p in found.parts for f in p.files if content(f) == "text" and not p.repo]
+    here = [(p, f) for p in found.parts for f in p.files if not p.repo]
     if not reading.separator:
-        for part, file in files[:FILES]:
-            text = "".join(itertools.islice(blocks(part, file, reading), 1))[:LOOKED_AT]
+        heads = itertools.chain.from_iterable(text_heads(p, f, reading) for p, f in here)
+        for where, text in itertools.islice(heads, FILES):
             if mark := next((m for m in EOT_NAMES if m in text), None):
                 print(
-                    f"{file} has {mark} in its text, which is read as letters: "
+                    f"{where} has {mark} in its text, which is read as letters: "
                     f"--separator='{mark}' makes documents of what is between"
                 )
                 return
         return
+    files = [(p, f) for p, f in here if content(f) == "text"]
     seen = 0
     for part, file in files:
         rest = ""
@@ -108,15 +110,41 @@ def no_separator(name: str, reading: Reading) -> ValueError:
     )
 
 
+def text_heads(part: Part, file: str, reading: Reading) -> Iterator[tuple[str, str]]:
+    """Name and beginning of the text files among a file, or among the first of an archive."""
+    if content(file) == "text":
+        yield file, "".join(itertools.islice(blocks(part, file, reading), 1))[:LOOKED_AT]
+    if content(file) not in ARCHIVES:
+        return
+    whole, seen = Reading(encoding=reading.encoding), 0
+    try:
+        for member in archives.members(file):
+            seen += member.size
+            if seen > LOOKED_THROUGH:
+                return
+            if isinstance(member.stream, BadData | None) or unread(member.path):
+                continue
+            if content(member.path) == "text":
+                head = itertools.islice(strings(member_documents(member, whole)), 1)
+                yield member.where, "".join(head)[:LOOKED_AT]
+    except DAMAGE:  # said when it is read in earnest
+        return
+
+
 def blocks(part: Part, file: str, reading: Reading) -> Iterator[str]:
     """The text of a file in blocks, as far as it can be read."""
     whole = Reading(encoding=reading.encoding)
     try:
         with archives.unpacked(file) as f:
-            for document in stream_documents(f, file, whole, part.start, part.end):
-                if isinstance(document, str):
-                    yield document
-                elif isinstance(document, Iterator):
-                    yield from document
+            yield from strings(stream_documents(f, file, whole, part.start, part.end))
     except DAMAGE:  # said when it is read in earnest
         return
+
+
+def strings(documents: Iterator[Document]) -> Iterator[str]:
+    """The texts of documents in blocks."""
+    for document in documents:
+        if isinstance(document, str):
+            yield document
+        elif isinstance(document, Iterator):
+            yield from document

@@ -851,6 +851,20 @@ def test_a_mark_in_the_text_is_mentioned(script, tmp_path, mark):
     assert "--separator" not in run(script, tmp_path / "b.txt", tmp_path / "out2").out
 
 
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "nested.tar"])
+def test_a_mark_in_the_text_of_an_archive_is_mentioned(script, tmp_path, name):
+    text = "\n<|endoftext|>\n".join(STORIES).encode()
+    members = [("README.md", b"about"), ("stories.txt", text)]
+    made = {"a.zip": zip_of, "nested.tar": lambda m: tar_of([("inner.tar", tar_of(m))])}
+    made["a.tar.gz"] = lambda m: gzip.compress(tar_of([*m, ("b.txt.gz", gzip.compress(b"plain"))]))
+    (tmp_path / name).write_bytes(made[name](members))
+    result = run(script, tmp_path / name, tmp_path / "out")
+    assert result.code == 0 and "--separator='<|endoftext|>'" in result.out, result
+    flags = ("--separator=<|endoftext|>",)
+    result = run(script, tmp_path / name, tmp_path / "out2", *flags)
+    assert "--separator" not in result.out and {*STORIES} <= {*texts_in(tmp_path / "out2")}
+
+
 # --- flags without effect
 
 FIT = {

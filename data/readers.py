@@ -41,7 +41,13 @@ IN_QUOTES = "a quote in a field in quotes is written twice, and a field in quote
 NO_QUOTES = "a .tsv has no fields in quotes: name it .csv if this one has"
 AS_THEY_ARE = f".tsv read with the quotes around fields ({NO_QUOTES})"
 UTF8 = "read as UTF-8, which they are"
-SAID = (UTF8, AS_THEY_ARE, splits.MAY_SAY)  # what notes begin with that tell of nothing left out
+EMPTY = "empty texts, each a document of end-of-text alone"
+SAID = (
+    UTF8,
+    AS_THEY_ARE,
+    EMPTY,
+    splits.MAY_SAY,
+)  # what notes begin with that tell of nothing left out
 ROWS = "files of rows in archives"  # of a note that tells that a column was asked for
 
 # What a reader yields: a text, a text in blocks (a long file), damage, or a note.
@@ -154,19 +160,26 @@ def text_blocks(f: io.BufferedIOBase, where: str) -> Iterator[str]:
 
 
 def separated(blocks: Iterable[str], where: str, separator: str) -> Iterator[Document]:
-    """Texts between separators, blank lines around them taken off, empty ones left out."""
+    """Texts between separators, blank lines around them taken off.
+
+    Where there is nothing between two there is no document, which is told.
+    """
     rest, found = "", False
     for block in blocks:
         *texts, rest = (rest + block).split(separator)
-        if texts and not found:
-            found = True
-            yield Note("separators", where)
+        for text in (t.strip("\n") for t in texts):
+            if text:
+                yield text
+            elif found:
+                yield Note("empty texts between separators", where)
+            if not found:
+                found = True
+                yield Note("separators", where)
         if len(rest) > MAX_LINE:
             raise BadData(
                 f"{where}: a text of more than {MAX_LINE // MIB} MiB without the separator "
                 f"{separator!r}"
             )
-        yield from (text for text in (t.strip("\n") for t in texts) if text)
     if rest.strip("\n"):
         yield rest.strip("\n")
 

@@ -164,6 +164,8 @@ def encode_part(number: int, part: Part, job: Job) -> int:
                         add_note(notes, document)
                     elif isinstance(document, str):
                         writer.add(document)
+                        if not document:
+                            add_note(notes, Note(readers.EMPTY, (*part.files, "a text")[0]))
                     else:
                         writer.add_long(document)
                 except BadData as e:

@@ -851,6 +851,38 @@ def test_a_mark_in_the_text_is_mentioned(script, tmp_path, mark):
     assert "--separator" not in run(script, tmp_path / "b.txt", tmp_path / "out2").out
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.zip", "a.txt.gz"])
+def test_what_is_empty_between_separators_is_counted(script, tmp_path, name):
+    data = "##".join(["", "one", "", "two", "\n\n", "three", ""]).encode() * 10
+    made = {"a.zip": lambda data: zip_of([("b.md", data)]), "a.txt.gz": gzip.compress}
+    (tmp_path / name).write_bytes(made.get(name, bytes)(data))
+    result = run(script, tmp_path / name, tmp_path / "out", "--separator=##")
+    assert result.code == 0 and "left out 29 empty texts between separators" in result.out, result
+    assert left_out(tmp_path / "out") == {"empty texts between separators": 29}
+    assert texts_in(tmp_path / "out") == sorted(["one", "two", "three"] * 10)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.parquet", "a.txt"])
+def test_empty_rows_are_documents_as_nanogpts_are_and_are_mentioned(script, tmp_path, name):
+    texts = [*TEXTS[:50], "", *TEXTS[50:100], ""]
+    (tmp_path / "src").mkdir()
+    path = tmp_path / "src" / name
+    if name == "a.parquet":
+        write_parquet(path, texts)
+    elif name == "a.txt":
+        for i, text in enumerate(texts):
+            path.with_name(f"{i:03d}.txt").write_text(text, encoding="utf-8")
+    else:
+        made = {"a.csv": table(texts), "a.jsonl": rows(texts), "a.json": json.dumps(texts).encode()}
+        path.write_bytes(made[name])
+    result = run(script, tmp_path / "src", tmp_path / "out", "--tokenizer=gpt2")
+    assert result.code == 0 and "2 empty texts, each a document" in result.out, result
+    assert "left out" not in result.out and left_out(tmp_path / "out") == {}
+    val, train = nanogpt(texts, 0.05)
+    assert (tmp_path / "out" / "val.bin").read_bytes() == val
+    assert sorted(documents(tmp_path / "out", "train")) == train
+
+
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "nested.tar"])
 def test_a_mark_in_the_text_of_an_archive_is_mentioned(script, tmp_path, name):
     text = "\n<|endoftext|>\n".join(STORIES).encode()

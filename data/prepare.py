@@ -389,8 +389,9 @@ def finish(
     for why, note in notes.items():
         verb = "" if why.startswith(SAID) else "left out "
         print(f"{verb}{note['count']} {why}: {', '.join(note['first'][:3])}")
-    if limit and tokens > 2 * limit:
-        print(f"max_tokens={max_tokens}, but documents are taken whole: there are {tokens:,}")
+    used = sum(meta["splits"][s]["tokens"] for s in ("train", *(() if val_split else ("val",))))
+    if limit and used > 2 * limit:
+        print(f"max_tokens={max_tokens}, but documents are taken whole: there are {used:,}")
     for s, f in meta["splits"].items():
         print(f"{out / s}.bin: {f['tokens']:,} tokens, {f['documents']:,} documents")
 

@@ -326,6 +326,15 @@ def test_where_a_source_is_cut():
     assert cut_at(np.array([10, 5, 7]), 0.05, 2357) == 0, "too little to cut"
 
 
+@pytest.mark.parametrize(("size", "limit"), [(350, 5000), (9000, 1000), (2600, 1000)])
+def test_what_a_limit_has_left_is_what_is_said(script, tmp_path, size, limit):
+    write_jsonl(tmp_path / "a.jsonl", ["x" * size] * 40)
+    result = run(script, tmp_path / "a.jsonl", tmp_path / "out", f"--max_tokens={limit}")
+    made = sum((tmp_path / "out" / f"{s}.bin").stat().st_size // 2 for s in ("train", "val"))
+    assert ("taken whole" in result.out) == (made > 2 * limit), result.out
+    assert "taken whole" not in result.out or f"there are {made:,}" in result.out
+
+
 # --- a tokenizer of the text's own
 
 

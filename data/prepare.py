@@ -72,7 +72,7 @@ dataset = ""  # name of the folder under data/ to write, or a path; empty = from
 tokenizer = "auto"  # gpt2, bytes, PATH of a tokenizer.json or its folder, hf:USER/NAME, train:8192
 eot = ""  # token between documents, such as <|im_end|>; empty = what the tokenizer's folder states
 text_column = "text"  # of files of rows; dots lead inside: data.text
-template = ""  # several columns as one text, such as "{title}\\n\\n{text}"
+template = ""  # several columns as one text, such as "{title}\n\n{text}"; \n is a new line
 separator = ""  # between the documents of a text file, such as <|endoftext|>; empty = a file is one
 encoding = ""  # of text files, such as gb18030 or utf-8:replace; empty = UTF-8
 subset = ""  # of a dataset that has several, by its card or in the names of its files

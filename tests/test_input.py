@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import time
 import zipfile
 
@@ -23,7 +24,7 @@ CHINESE = "那天早上，老人走到海边，看见一条小船停在沙滩上
 def run(script, source, out, *flags):
     """data/prepare.py with bytes for tokens."""
     flags = (f"--source={source}", f"--dataset={out}", "--num_proc=1", *flags)
-    tokenizer = () if any("--tokenizer" in f for f in flags) else ("--tokenizer=bytes",)
+    tokenizer = () if any("--tokenizer" in str(f) for f in flags) else ("--tokenizer=bytes",)
     return script("data/prepare.py", *flags, *tokenizer)
 
 
@@ -428,6 +429,17 @@ def test_a_template_joins_columns(script, tmp_path):
         refused(run(script, tmp_path / name, tmp_path / "x", "--template={title.__class__}"), name)
         refused(run(script, tmp_path / name, tmp_path / "x", "--template={title!r}"), "column")
         refused(run(script, tmp_path / name, tmp_path / "x", template, "--text_column=n"), "--text")
+
+
+def test_what_help_says_of_templates_is_what_one_types(script, tmp_path):
+    (shown,) = re.findall('"([^"]+)"; ', " ".join(script("data/prepare.py", "--help").out.split()))
+    found = [{"title": f"T{i}", "text": f"body {i}"} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, found)), encoding="utf-8")
+    (tmp_path / "c.py").write_text(f'template = "{shown}"', encoding="utf-8")
+    for i, flag in enumerate((f"--template={shown}", tmp_path / "c.py")):
+        result = run(script, tmp_path / "a.jsonl", tmp_path / f"o{i}", flag)
+        assert result.code == 0, result.err
+        assert texts_in(tmp_path / f"o{i}") == sorted(f"T{i}\n\nbody {i}" for i in range(30))
 
 
 # --- formats

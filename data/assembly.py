@@ -60,6 +60,12 @@ def assemble(
     if documents == 1 and not cut and val_from is None:
         raise ValueError(TOO_LITTLE)
     if cut:
+        if documents > 1:
+            share = (lengths.sum() - cut) / lengths.sum()
+            print(
+                f"val.bin is the end of the text, {share:.2%} of the tokens: documents differ in "
+                f"length, and those that --seed={seed} chooses have another share"
+            )
         return {"val_fraction": fraction, "splits": split_end(work, paths, tables, tok, cut)}
     split = split_parts([table[:, 0] for table in tables], fraction, seed, val_from)
     if not marker.exists():

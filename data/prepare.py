@@ -232,10 +232,18 @@ def is_complete(out: Path, asked: dict[str, Any]) -> bool:
     if not (out / "meta.json").exists() or not (out / "train.bin").exists():
         return False
     meta = read_json(out / "meta.json")
-    if meta.get("request") != asked:
+    known = meta.get("request")
+    if known != asked:
+        if not source.startswith("hub:"):  # what would change nothing is said to be that
+            with contextlib.suppress(OSError):
+                how = reading()
+                found = sources.find(source, how, subset, revision, val_split, out)
+                refuse_unfit(source, found, how)
+        known = known if isinstance(known, dict) else {}
+        keys = [k for k in {**asked, **known} if asked.get(k) != known.get(k)]
         raise ValueError(
-            f"{out} holds {meta.get('source')!r} or other settings; choose another --dataset, "
-            "or replace it with --overwrite=True"
+            f"{out} holds {meta.get('source')!r} or other settings ({', '.join(keys)}); choose "
+            "another --dataset, or replace it with --overwrite=True"
         )
     before = meta.get("fingerprint")
     if before is None or source.startswith("hub:") or not path_of(source).exists():
@@ -295,8 +303,6 @@ def load_tokenizer(name: str, found: Source, work: Path) -> Tokenizer:
     tokenizer.json state; of a model on the Hub only these small files are downloaded.
     """
     kept = work / "tokenizer.json"
-    if name in NAMES or name.startswith("train:"):
-        refuse(f"with --tokenizer={name}, whose end-of-text is its own", "eot")
     if name.startswith("train:"):
         if not name[6:].isdigit():
             raise ValueError(f"tokenizer must be like train:8192, not {name!r}")
@@ -502,6 +508,8 @@ def main() -> None:
     out = dataset_folder(dataset or dataset_name())
     if verify:
         refuse("with --verify=True", *OF_FILES, *OF_HUB, *OF_MAKING)
+        if dataset:
+            refuse("with --verify=True beside --dataset", "source")
         return check_folder(out)
     if merge:
         refuse("with --merge=True, which reads no text", "num_proc", "skip_bad", "overwrite")
@@ -518,6 +526,8 @@ def main() -> None:
     name = tokenizer
     if name == "auto":
         name = "bytes" if source == "stdlib" else "gpt2"
+    if name in NAMES or name.startswith("train:"):
+        refuse(f"with --tokenizer={name}, whose end-of-text is its own", "eot")
     work = out / "parts"
     work.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:

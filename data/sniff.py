@@ -1,13 +1,16 @@
 """What can be said of a source before it is read: settings that do not fit it, and separators."""
 
+import io
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from configurator import refuse, typed
 from data import archives, splits
 from data.members import unread
 from data.parts import ARCHIVES, DAMAGE, MIB, BadData, Part, Reading, Source, content
-from data.readers import Document, chosen_in, member_documents, stream_documents
+from data.readers import Document, chosen_in, json_values, stream_documents, text_blocks
+from data.sources import says_split
 from text.files import path_of
 from text.tokenizer import EOT_NAMES
 
@@ -37,6 +40,34 @@ def refuse_unfit(name: str, found: Source, reading: Reading) -> None:
         refuse("on files of this disk", "revision")
         if path_of(name).is_file():
             refuse("on a single file", "subset", *(() if archived else ("split", "val_split")))
+        elif says_split(path_of(name)):
+            refuse("on a pattern that names a split", "split")
+    files = [file for part in found.parts for file in part.files]
+    if len(files) == 1 and contents == {"text"} and not reading.separator:
+        refuse("on one document, the end of which is for validation", "seed")
+    if typed() & {"text_column", "template"} and all_texts(found, reading):
+        refuse("on rows that are texts and have no columns", "text_column", "template")
+
+
+def all_texts(found: Source, reading: Reading) -> bool:
+    """Whether the files of rows of a source are a few of JSON that begin with a text for a row."""
+    files = [file for part in found.parts for file in part.files if not part.start]
+    if reading.encoding or len(files) > FILES or any(part.repo for part in found.parts):
+        return False
+    firsts: list[Any] = []
+    for where, f in itertools.chain.from_iterable(map(streams, files)):
+        if content(where) != "text" and len(firsts) < FILES:
+            json = content(where) in ("lines", "json")
+            firsts.append(first_of(json_values(text_blocks(f, where), where)) if json else None)
+    return bool(firsts) and all(isinstance(value, str) for value in firsts)
+
+
+def first_of(values: Iterator[Any]) -> Any:
+    """The first value of a .json, None where there is none or it is damaged."""
+    try:
+        return next(values, None)
+    except DAMAGE:  # said when it is read in earnest
+        return None
 
 
 def check_splits(name: str, found: Source, reading: Reading) -> None:
@@ -112,21 +143,40 @@ def no_separator(name: str, reading: Reading) -> ValueError:
 
 def text_heads(part: Part, file: str, reading: Reading) -> Iterator[tuple[str, str]]:
     """Name and beginning of the text files among a file, or among the first of an archive."""
-    if content(file) == "text":
-        yield file, "".join(itertools.islice(blocks(part, file, reading), 1))[:LOOKED_AT]
-    if content(file) not in ARCHIVES:
-        return
-    whole, seen = Reading(encoding=reading.encoding), 0
+    whole = Reading(encoding=reading.encoding)
+    for where, f in streams(file):
+        if content(where) == "text":
+            head = strings(stream_documents(f, where, whole, part.start, part.end))
+            yield where, "".join(until_damage(itertools.islice(head, 1)))[:LOOKED_AT]
+
+
+def streams(file: str) -> Iterator[tuple[str, io.BufferedIOBase]]:
+    """Name and bytes of a file, or of the first files of an archive."""
     try:
+        if content(file) not in ARCHIVES:
+            with archives.unpacked(file) as f:
+                yield file, f
+            return
+        seen = 0
         for member in archives.members(file):
             seen += member.size
             if seen > LOOKED_THROUGH:
                 return
             if isinstance(member.stream, BadData | None) or unread(member.path):
                 continue
-            if content(member.path) == "text":
-                head = itertools.islice(strings(member_documents(member, whole)), 1)
-                yield member.where, "".join(head)[:LOOKED_AT]
+            if content(member.path) not in ARCHIVES:
+                yield (
+                    member.where,
+                    archives.unpacked_stream(member.stream, member.size, member.where),
+                )
+    except DAMAGE:  # said when it is read in earnest
+        return
+
+
+def until_damage(texts: Iterator[str]) -> Iterator[str]:
+    """Texts as far as they can be read."""
+    try:
+        yield from texts
     except DAMAGE:  # said when it is read in earnest
         return
 
@@ -134,11 +184,8 @@ def text_heads(part: Part, file: str, reading: Reading) -> Iterator[tuple[str, s
 def blocks(part: Part, file: str, reading: Reading) -> Iterator[str]:
     """The text of a file in blocks, as far as it can be read."""
     whole = Reading(encoding=reading.encoding)
-    try:
-        with archives.unpacked(file) as f:
-            yield from strings(stream_documents(f, file, whole, part.start, part.end))
-    except DAMAGE:  # said when it is read in earnest
-        return
+    for where, f in streams(file):
+        yield from until_damage(strings(stream_documents(f, where, whole, part.start, part.end)))
 
 
 def strings(documents: Iterator[Document]) -> Iterator[str]:

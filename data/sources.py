@@ -99,8 +99,7 @@ def local_source(
     if path.is_dir():
         paths = files_below(path)
     else:
-        while glob.has_magic(str(base)):
-            base = base.parent
+        base = pattern_base(path)
         paths = [p for p in map(Path, glob.glob(str(path), recursive=True)) if not p.is_dir()]
     if out is not None:
         if base.resolve() == out.resolve():
@@ -115,11 +114,12 @@ def local_source(
     if not names:
         some = f"; there is: {listed(left)}" if left else ""
         raise ValueError(f"{path} holds no {READ} files{some}")
-    pattern = path.relative_to(base).as_posix()
     try:
-        if not path.is_dir() and split_in(pattern):  # it says itself which
+        if says_split(path):
             if val_split or subset or reading.split not in ("train", "all"):
-                raise ValueError("a pattern that names a split takes no other; name the folder")
+                raise ValueError(
+                    "a pattern that names a split takes no --split, --val_split, --subset: name the folder"
+                )
             chosen = choose(names, "all")._replace(named=False, open=frozenset())
         else:
             chosen = choose(names, reading.split, val_split, subset, folder_configs(base))
@@ -145,6 +145,19 @@ def local_source(
         said.append("--split=NAME reads another split, --split=all all of them")
     documents = OPENWEBTEXT_DOCUMENTS if whole else None
     return Source(str(asked.resolve()), parts, len(files), None, documents, said, left)
+
+
+def pattern_base(path: Path) -> Path:
+    """The folder that a pattern begins with."""
+    while glob.has_magic(str(path)):
+        path = path.parent
+    return path
+
+
+def says_split(path: Path) -> bool:
+    """Whether a source is a pattern that says itself which split its files are of."""
+    pattern = path.relative_to(pattern_base(path)).as_posix()
+    return not path.is_dir() and bool(split_in(pattern))
 
 
 def one_revision(path: Path) -> tuple[Path, list[str]]:

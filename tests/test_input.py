@@ -950,6 +950,53 @@ def test_no_flag_is_ignored_by_a_source(script, tmp_path, name):
             assert result.code == 2 and not (tmp_path / flag / "train.bin").exists()
 
 
+def test_no_flag_is_ignored_beside_a_complete_dataset(script, tmp_path):
+    """It is not said to be another dataset because of a flag that would change nothing."""
+    write_jsonl(tmp_path / "a.jsonl")
+    out = tmp_path / "out"
+    assert run(script, tmp_path / "a.jsonl", out).code == 0
+    for flag in ("--eot=x", "--revision=main", "--separator=x", "--subset=x", "--split=test"):
+        refused(run(script, tmp_path / "a.jsonl", out, flag), flag.split("=")[0] + " has no effect")
+    for flag in ("--val_fraction=0.5", "--encoding=cp1252"):
+        words = ("other settings", flag[2:].split("=")[0], "--overwrite=True")
+        refused(run(script, tmp_path / "a.jsonl", out, flag), *words)
+    assert run(script, tmp_path / "a.jsonl", out).code == 0, "the same command again"
+    flags = ("--verify=True", f"--source={tmp_path / 'a.jsonl'}")
+    refused(script("data/prepare.py", *flags, f"--dataset={out}"), "--source has no effect")
+
+
+def test_no_flag_is_ignored_by_a_pattern_that_names_a_split(script, tmp_path):
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / f"{name}.jsonl", TEXTS[:100])
+    for pattern, split in (("test*", "train"), ("train*", "all"), ("test*", "test")):
+        flags = (tmp_path / f"{pattern}.jsonl", tmp_path / "out", f"--split={split}")
+        refused(run(script, *flags), "--split", "pattern")
+    assert run(script, tmp_path / "*.jsonl", tmp_path / "out", "--split=all").code == 0
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.zip"])
+@pytest.mark.parametrize("flag", ["--text_column=foo", "--template={a} {b}"])
+def test_no_column_is_asked_for_of_rows_that_are_texts(script, tmp_path, name, flag):
+    data = json.dumps(TEXTS).encode()
+    made = {"a.json": data, "a.json.gz": gzip.compress(data), "a.zip": zip_of([("b.json", data)])}
+    made["a.jsonl"] = "\n".join(map(json.dumps, TEXTS)).encode()
+    (tmp_path / name).write_bytes(made[name])
+    refused(run(script, tmp_path / name, tmp_path / "x", flag), "has no effect on rows that are")
+    assert run(script, tmp_path / name, tmp_path / "y").code == 0
+
+
+def test_a_seed_that_chooses_nothing(script, tmp_path):
+    (tmp_path / "a.txt").write_text("a line of text\n" * 3000, encoding="utf-8")
+    refused(run(script, tmp_path / "a.txt", tmp_path / "x", "--seed=1"), "--seed has no effect")
+    (tmp_path / "b.txt").write_text("a line of text\n" * 20, encoding="utf-8")
+    for name in ("a", "b"):
+        (tmp_path / "src").mkdir(exist_ok=True)
+        (tmp_path / f"{name}.txt").rename(tmp_path / "src" / f"{name}.txt")
+    result = run(script, tmp_path / "src", tmp_path / "y", "--seed=1")
+    assert result.code == 0 and "val.bin is the end of the text, 5" in result.out
+    assert "--seed=1" in result.out
+
+
 def test_no_flag_is_ignored_where_nothing_is_read(script, tmp_path):
     write_jsonl(tmp_path / "a.jsonl")
     assert run(script, tmp_path / "a.jsonl", tmp_path / "out").code == 0

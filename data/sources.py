@@ -118,7 +118,8 @@ def local_source(
         if says_split(path):
             if val_split or subset or reading.split not in ("train", "all"):
                 raise ValueError(
-                    "a pattern that names a split takes no --split, --val_split, --subset: name the folder"
+                    "a pattern that names a split takes no --split, --val_split or --subset: name "
+                    "the folder"
                 )
             chosen = choose(names, "all")._replace(named=False, open=frozenset())
         else:

@@ -16,6 +16,7 @@ from test_sources import tar_of, texts_in
 
 from data import splits, vocabulary
 from text.encoding import guess, hint
+from text.files import read_text
 from text.split import cut_at
 
 CHINESE = "那天早上，老人走到海边，看见一条小船停在沙滩上。他想起了很多年以前的事情。" * 40
@@ -825,6 +826,19 @@ def test_a_guess_is_of_what_is_around_the_first_bad_byte(script, tmp_path):
     refused(run(script, tmp_path / "a.txt", tmp_path / "x"), "那天早上", "--encoding=gb18030")
     (tmp_path / "b.txt").write_bytes("一二三".encode() * 50_000 + b"\xff" + CHINESE.encode())
     refused(run(script, tmp_path / "b.txt", tmp_path / "x"), "--encoding=utf-8:replace")
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "cp1252"])
+def test_a_text_that_is_read_whole_is_guessed_too(tmp_path, encoding):
+    """evaluate.py --task=text, and a FILE: of sample.py."""
+    text = FRENCH if encoding == "cp1252" else CHINESE
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match="a.txt is not UTF-8 text") as e:
+        read_text(tmp_path / "a.txt")
+    assert f"perhaps {encoding}, '{text[:5]}" in str(e.value) and "save it as UTF-8" in str(e.value)
+    (tmp_path / "b.txt").write_bytes(b"\x00\xff\x01")
+    with pytest.raises(ValueError, match="save it as UTF-8"):
+        read_text(tmp_path / "b.txt")
 
 
 def test_guesses():

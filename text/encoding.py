@@ -47,7 +47,7 @@ PLAUSIBLE = 0.95  # of the characters beyond ASCII of a text in one of these lan
 USUAL = (  # encodings that people have: others are guessed more often than they are met
     *("gb18030", "big5", "cp932", "euc_jp", "cp949", "koi8_r", "koi8_u", "cp866", "cp874"),
     *("cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258"),
-    *("iso8859_2", "iso8859_5", "iso8859_7", "utf_16", "utf_32", "utf_7"),
+    *("iso8859_2", "iso8859_5", "iso8859_7", "utf_16", "utf_32"),
 )
 SAMPLE = 24  # characters that show how a guess reads
 
@@ -130,9 +130,13 @@ def hint(data: bytes) -> str:
     name = guess(data)
     if name == "utf-8" + REPLACE:
         return "; the rest is: add --encoding=utf-8:replace for U+FFFD in its place"
-    if not name:
-        return "; add --encoding=..."
-    return f"; it is perhaps {name}, {sample(data, name)!r}: add --encoding={name}"
+    return f"{perhaps(data, name)}: add --encoding={name}" if name else "; add --encoding=..."
+
+
+def perhaps(data: bytes, name: str) -> str:
+    """What bytes look like that are not UTF-8, for a message; "" for no idea."""
+    known = name and name != "utf-8" + REPLACE
+    return f"; it is perhaps {name}, {sample(data, name)!r}" if known else ""
 
 
 def sample(data: bytes, name: str) -> str:

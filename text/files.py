@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from text import encoding
+
 MAX_JSON = 2**27  # bytes; the largest tokenizer.json that people use has 35 MB
 LINE = 2000  # characters of a message; what a file holds may be of any length
 SHORT = reprlib.Repr()  # for values in messages
@@ -31,10 +33,14 @@ def read_text(path: Path) -> str:
     """The text in a file. Raises OSError or ValueError with the path."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    data = path.read_bytes()
     try:
-        return utf8_decoder().decode(path.read_bytes(), final=True)
+        return utf8_decoder().decode(data, final=True)
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}); save it as UTF-8") from e
+        guessed = encoding.perhaps(data, encoding.guess(data))
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {e.start}){guessed}; save it as UTF-8"
+        ) from e
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import yaml
 from conftest import ROOT
 from test_export import BYTES, SIZE, save
 from test_imports import CASES, make_model
-from test_prepare import TEXTS, nanogpt, write_parquet
+from test_prepare import TEXTS, documents, nanogpt, write_parquet
 from test_sources import texts_in
 
 from formats import checkpoint, easygpt, pretrained
@@ -321,6 +322,21 @@ def test_the_hub_and_a_copy_of_it_are_read_alike(hub, run, words, tmp_path):
             assert result.returncode == 0, result.stderr
         for name in ("train.bin", "val.bin"):
             assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_archive_of_the_hub_holds_splits(hub, run, tmp_path):
+    parts = {"train": TEXTS[:50], "valid": TEXTS[50:80], "test": TEXTS[80:100]}
+    with zipfile.ZipFile(tmp_path / "z", "w") as archive:
+        for split, texts in parts.items():
+            archive.writestr(
+                f"{split}.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts)
+            )
+    hub[0]["datasets/me/packed"] = {"data.zip": (tmp_path / "z").read_bytes()}
+    where = ("--source=hub:me/packed", f"--dataset={tmp_path}/out", "--tokenizer=bytes")
+    result = run("data/prepare.py", *where, "--num_proc=1", "--val_split=validation")
+    assert result.returncode == 0 and "1 of split test" in result.stdout, result.stderr
+    assert documents(tmp_path / "out", "train") == parts["train"]
+    assert documents(tmp_path / "out", "val") == parts["valid"]
 
 
 def test_a_card_of_the_hub_names_subsets(hub, run, tmp_path):

@@ -317,6 +317,8 @@ def archives():
         ".tar.gz": gzip.compress(whole, mtime=0),
     }
     made[".xz"] = lzma.compress(inner)
+    splits = [("d/train.txt", b"one"), ("d/test.tar", inner), ("d/README.md", b"about")]
+    made[".tgz"] = gzip.compress(tar_of(splits), mtime=0)
     return [{f"a{suffix}": data} for suffix, data in made.items()]
 
 

@@ -303,6 +303,16 @@ def test_no_text_gives_end_of_text_whatever_the_tokenizer(which):
     assert tok.decode(tok.encode(plain)).strip() == plain
 
 
+def test_an_end_of_text_has_the_id_that_the_package_gives_it():
+    """Which is not always the one that stands in the file."""
+    made = list(other_tokenizers())[3]
+    spec = json.loads(made.to_str())
+    [end] = [t for t in spec["added_tokens"] if t["content"] == "</s>"]
+    end["id"] = 2**31
+    tok = get_tokenizer("tokenizer.json", json_text=json.dumps(spec))
+    assert tok.eot == made.token_to_id("</s>")
+
+
 @pytest.mark.parametrize("which", range(4))
 def test_decoding_is_the_tokenizers_own(which):
     """Ids of real texts; broken UTF-8 apart, where each has its own habit."""

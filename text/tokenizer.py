@@ -491,10 +491,10 @@ def end_of_text(tok: Any, spec: dict[str, Any], where: str, wanted: int | str | 
 
     Else the first of EOT_NAMES that it has. Raises ValueError when it has no such token.
     """
-    added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
-    if wanted is None:
-        known = [*map(added.get, EOT_NAMES), *map(tok.token_to_id, EOT_NAMES)]
-        found = next((i for i in known if i is not None), None)
+    added = [t["content"] for t in spec.get("added_tokens") or []]
+    if wanted is None:  # by the package's ids: a damaged file states others
+        names = [*(n for n in EOT_NAMES if n in added), *EOT_NAMES]
+        found = next((i for i in map(tok.token_to_id, names) if i is not None), None)
     else:
         found = tok.token_to_id(wanted) if isinstance(wanted, str) else wanted
         found = found if found is not None and tok.id_to_token(found) is not None else None
@@ -505,7 +505,7 @@ def end_of_text(tok: Any, spec: dict[str, Any], where: str, wanted: int | str | 
             f"{where} has no end-of-text token, such as {', '.join(EOT_NAMES[:4])}, and no file "
             "beside it states one; write eos_token in tokenizer_config.json, or prepare with --eot"
         )
-    names = [*added] or [*tok.get_vocab()]
+    names = added or [*tok.get_vocab()]
     near = difflib.get_close_matches(str(wanted), names[:NEAR], n=3, cutoff=0.4) or names[:3]
     raise ValueError(f"{where} has no token {wanted!r}; it has, for example, {', '.join(near)}")
 

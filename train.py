@@ -84,11 +84,14 @@ tie_word_embeddings = True  # the head's weight is the embedding's
 qk_norm = False  # RMSNorm on queries and keys, as Qwen3
 attention_bias = False  # biases in the projections of attention
 mlp_bias = False  # biases in the MLP
-# optimizer: AdamW
+# optimizer
+optimizer = "adamw"  # adamw, or muon: for the matrices inside the blocks, AdamW for the rest
 max_iters = 15000  # updates of the whole run, those before a resume included
 learning_rate = 3.2e-4  # the peak
-min_lr = 3.2e-5  # where a cosine from the peak ends; a tenth of it
+min_lr = 3.2e-5  # where the rate ends; a tenth of the peak
 warmup_iters = 800  # updates of a linear rise to the peak
+lr_schedule = "cosine"  # cosine, or wsd: the peak stays, and the last updates fall in a line
+decay_share = 0.2  # how much of the updates the rate of wsd falls in
 lr_decay_iters = 0  # updates until min_lr is reached; 0 = max_iters
 decay_lr = True  # False: always the peak, no warm-up
 weight_decay = 0.1  # on tensors of 2 or more dimensions
@@ -191,8 +194,10 @@ def main() -> None:
     tune(machine.device)
     torch.manual_seed(seed)
     model = start.build(rank)
+    name = str(settings["optimizer"])  # the setting; from here on the word is the thing
     if rank == 0:
-        folder.check_disk(out, **folder.disk_needed(settings, num_parameters(model)))
+        numbers = num_parameters(model) + optim.moments(optim.groups_of(model, name))
+        folder.check_disk(out, **folder.disk_needed(settings, numbers))
     flops = flops_per_token(model) * tokens_per_step
     model.activation_checkpointing = activation_checkpointing
     net: nn.Module = model
@@ -202,19 +207,17 @@ def main() -> None:
         model.to(machine.device)
         net = model if team.alone else replicate(model)
     kernel = choose_attention(model, machine.dtype)
-    optimizer = optim.configure_optimizer(model, learning_rate, (beta1, beta2), weight_decay)
+    rates = learning_rate, (beta1, beta2), weight_decay
+    optimizer = optim.configure_optimizer(model, *rates, name, machine.dtype)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     start.restore(model, optimizer, scaler, team)
-    optim.set_hyperparameters(optimizer, (beta1, beta2), weight_decay)
-    schedule = optim.make_schedule(learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters)
+    schedule = optim.make_schedule(
+        learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters, lr_schedule, decay_share
+    )
 
     # --- what keeps the run alive, and what it leaves behind
-    parts = None
-    if sharded_checkpoints and sharded:
-        from formats.sharded import Writer  # few need it, and it takes a second
-
-        parts = Writer()
-    saver = Saver(out, keep_last, milestone_interval, rank == 0, parts)
+    in_parts = sharded_checkpoints and sharded
+    saver = Saver(out, keep_last, milestone_interval, rank == 0, in_parts)
     agreement = Agreement(team, stop, saver)
     micro = MicroBatch(batch_size, windows, state, model, optimizer, agreement, sharded)
     health = Health(state, skip_spike, max_skipped)
@@ -225,11 +228,9 @@ def main() -> None:
         f"data     {data}: {train_data.tokens:,} training tokens ({tok.name}), "
         f"{val_data.tokens:,} for validation"
     )
-    by_ranks = f" x {ranks} ranks" if ranks > 1 else ""
-    say(
-        f"run      {max_iters:,} updates of {tokens_per_step:,} tokens ({micro.size} x {context} "
-        f"x {micro.count} micro-steps{by_ranks}), {order.epochs(max_iters):.2f} epochs, seed {seed}"
-    )
+    pieces, epochs = micro.line(context, ranks), order.epochs(max_iters)
+    what = f"{max_iters:,} updates of {tokens_per_step:,} tokens ({pieces})"
+    say(f"run      {what}, {epochs:.2f} epochs, seed {seed}")
     if not state.micro_batch and micro.size < batch_size:
         say(f"run      batch_size={micro.size}, which divides the {windows} windows of a rank")
     if decay_lr and schedule.warmup < warmup_iters:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from model import GPT, GPTConfig, num_parameters
-from run import compiling, machine
+from run import compiling, machine, muon, optim
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits and loss", "workspace")
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE = PARTS
@@ -49,6 +49,7 @@ class Training:
     compiled: bool
     checkpointing: bool  # of activations
     accumulates: bool  # gradients of earlier micro-steps are there
+    optimizer: str = "adamw"
 
 
 def probe(config: GPTConfig) -> int:
@@ -383,21 +384,26 @@ def trace(training: Training) -> list[Tensor]:
 
 
 def shallow(training: Training, layers: int) -> Training:
-    """The same with other layers, and equal for all whose graphs are."""
+    """The same with other layers, and equal for all whose graphs are: they end at the gradients."""
     config = replace(training.config, num_hidden_layers=layers)
-    return replace(
-        training, config=config, accumulates=training.accumulates and not training.compiled
-    )
+    accumulates = training.accumulates and not training.compiled
+    return replace(training, config=config, accumulates=accumulates, optimizer="adamw")
 
 
 @functools.lru_cache(maxsize=64)
-def states(config: GPTConfig) -> dict[str, int]:
-    """Bytes of weights (and buffers), gradients and AdamW's two moments, all float32."""
+def states(config: GPTConfig, optimizer: str, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of weights (and buffers), gradients and moments, all float32, and of an update's work.
+
+    AdamW, fused, works in place; Muon's products, of the type that goes with `dtype`, do not.
+    """
     with torch.device("meta"):
         model = GPT(config)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     n = 4 * num_parameters(model)
-    return {WEIGHTS: n + buffers, GRADIENTS: n, OPTIMIZER: 2 * n}
+    groups = optim.groups_of(model, optimizer)
+    work = [muon.workspace(g["params"], optim.muon_dtype(dtype)) for g in groups if "momentum" in g]
+    found = {WEIGHTS: n + buffers, GRADIENTS: n, OPTIMIZER: 4 * optim.moments(groups)}
+    return found | {WORKSPACE: sum(work)}
 
 
 def at_peak(training: Training, batch: int) -> dict[str, float]:
@@ -407,13 +413,13 @@ def at_peak(training: Training, batch: int) -> dict[str, float]:
     the layers' backward pass where activations are most, and in the half where gradients are most,
     grow with each layer by the same amount.
     """
-    fixed = dict(states(training.config))
+    update = states(training.config, training.optimizer, training.dtype)
+    fixed = dict(update, **{WORKSPACE: 0})
     if not training.accumulates:
         fixed[GRADIENTS] = 0  # the backward pass makes them
     layers = training.config.num_hidden_layers
     depths = LAYERS if layers > max(LAYERS) else (layers,)
-    update = dict.fromkeys(PARTS, 0.0) | states(training.config)  # AdamW, fused, works in place
-    candidates = [update]
+    candidates = [dict.fromkeys(PARTS, 0.0) | update]
     for segments in zip(*(trace(shallow(training, d)) for d in depths), strict=True):
         peaks = []
         for moments in segments:

@@ -29,7 +29,7 @@ from run.gpu import unused_gpu
 from run.log import say
 from run.machine import Machine, autocast, select_device, select_dtype, tune
 from run.microbatch import largest_divisor, windows_of_rank
-from run.optim import configure_optimizer
+from run.optim import configure_optimizer, groups_of, moments
 from run.settings import check_folder, run_folder
 from run.start import find_start, model_as_set, source_of
 from text.batches import TrainOrder
@@ -153,7 +153,8 @@ def timed_step(
     tune(device)
     model = GPT(training.config).to(device)
     model.activation_checkpointing = training.checkpointing
-    optimizer = configure_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
+    rates = 1e-4, (0.9, 0.95), 0.1
+    optimizer = configure_optimizer(model, *rates, training.optimizer, training.dtype)
     shape = (batch, training.config.max_position_embeddings)
     x = torch.randint(0, training.config.vocab_size, shape, device=device)
     context = autocast(device, training.dtype)
@@ -215,8 +216,10 @@ def fsdp_peak(training: Training, batch: int, windows: int, count: int) -> float
     if batch < windows:
         gathered = 8 * rest + (width + 4) * layers
     used = parts[memory.ACTIVATIONS] + parts[memory.LOGITS] + parts[memory.WORKSPACE]
+    state = memory.states(training.config, training.optimizer, training.dtype)
+    kept = 4 * total + state[memory.OPTIMIZER]
     # when backward begins there are no shards of gradients yet; when it ends, no activations
-    return gathered + max(used + 12 * total / count, 4 * rest + 16 * total / count)
+    return gathered + max(used + kept / count, 4 * rest + (kept + 4 * total) / count)
 
 
 def scaling_lines(
@@ -232,7 +235,8 @@ def scaling_lines(
 
     FSDP moves as many bytes as DDP: weights in 16 bits twice, gradients in float32 once.
     """
-    gradients = memory.states(training.config)[memory.GRADIENTS]
+    state = memory.states(training.config, training.optimizer, training.dtype)
+    gradients = state[memory.GRADIENTS]
     most = card.peak(training.dtype)
     yield (
         f"scaling  computed, not measured; {card.name}, each at {share:.0%} of "
@@ -392,6 +396,7 @@ def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
         compiled=not why_uncompiled(s["compile"], device, flops, cannot),
         checkpointing=s["activation_checkpointing"],
         accumulates=batch < windows,
+        optimizer=s["optimizer"],
     )
     say(model_line(empty))
     say(data_line(data, training, s["tokens_per_step"], s["max_iters"]))
@@ -401,7 +406,8 @@ def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
         say(f"run      batch_size={batch}, which divides the {windows} windows of a step")
     if not card and (problem := unused_gpu(s["device"], device)):
         say(f"WARNING  planned for the {device.type}: {problem}")
-    there, disk = existing(out), disk_needed(s, num_parameters(empty))
+    numbers = num_parameters(empty) + moments(groups_of(empty, s["optimizer"]))
+    there, disk = existing(out), disk_needed(s, numbers)
     say(disk_line(there, **disk))
     sizes = batch, s["tokens_per_step"], s["max_iters"], start.state.iter_num, s["world_size"]
     for line in plan(training, device, card, *sizes):

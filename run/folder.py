@@ -150,12 +150,15 @@ def tidy(out: Path, resumed_at: int | None) -> None:
             os.replace(newer, damaged)
 
 
-def disk_needed(settings: Mapping[str, Any], parameters: int) -> dict[str, int]:
-    """Of a run: bytes of a checkpoint, number of them, bytes of the log."""
+def disk_needed(settings: Mapping[str, Any], numbers: int) -> dict[str, int]:
+    """Of a run: bytes of a checkpoint, number of them, bytes of the log.
+
+    numbers: of the weights and the optimizer's moments.
+    """
     s = settings
     milestones = s["max_iters"] // s["milestone_interval"] if s["milestone_interval"] else 0
-    return {  # weights and two moments in float32; a record has 300 bytes
-        "size": 12 * parameters,
+    return {  # in float32; a record of the log has 300 bytes
+        "size": 4 * numbers,
         "count": s["keep_last"] + milestones + 2,
         "log": 300 * (s["max_iters"] // s["log_interval"] + s["max_iters"] // s["eval_interval"]),
     }

@@ -6,10 +6,11 @@ from typing import TypeVar
 
 import torch
 
-from model import GPT, num_parameters
+from model import GPT
 from run.agreement import Agreement, ShortElsewhere
 from run.log import say
 from run.machine import is_oom, release_memory
+from run.optim import moments
 from run.start import TrainState
 from text.files import reason
 
@@ -67,6 +68,11 @@ class MicroBatch:
         """Micro-steps of an update."""
         return self.windows // self.size
 
+    def line(self, context: int, ranks: int) -> str:
+        """How an update falls into pieces, for the user to read."""
+        by_ranks = f" x {ranks} ranks" if ranks > 1 else ""
+        return f"{self.size} x {context} x {self.count} micro-steps{by_ranks}"
+
     def attempts(self) -> "Iterator[Attempt]":
         """Tries at a piece of work, `with` each, until one fits in memory."""
         while True:
@@ -107,10 +113,10 @@ class Attempt:
         return self
 
     def take_room(self) -> None:
-        """The first update allocates AdamW's moments, too late to try again: room for them now."""
+        """The first update allocates the moments, too late to try again: room for them now."""
         micro = self.micro
         if not micro.optimizer.state and not micro.sharded:
-            self.room = torch.empty(2 * num_parameters(micro.model), device=micro.device)
+            self.room = torch.empty(moments(micro.optimizer.param_groups), device=micro.device)
 
     def agree(self) -> None:
         """Before ranks exchange numbers. Raises Stopped, or ShortElsewhere for `with` to catch."""

@@ -83,8 +83,6 @@ def share_optimizer(team: Team, optimizer: torch.optim.Optimizer, state: dict[st
     if team.alone:
         optimizer.load_state_dict(state)
         return
-    from torch.distributed.tensor import distribute_tensor
-
     known = {
         i: {name: (list(t.shape), str(t.dtype)[6:]) for name, t in tensors.items()}
         for i, tensors in state.get("state", {}).items()
@@ -100,7 +98,17 @@ def share_optimizer(team: Team, optimizer: torch.optim.Optimizer, state: dict[st
             if team.rank == 0:
                 full.copy_(state["state"][int(i)][name])
             dist.broadcast(full, 0)
-            if hasattr(p, "placements") and full.shape == p.shape:
-                full = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
-            mine[int(i)][name] = full
+            mine[int(i)][name] = part_of(p, full) if full.shape == p.shape else full
     optimizer.load_state_dict({"state": mine, "param_groups": groups})
+
+
+def part_of(param: Any, full: Tensor) -> Tensor:
+    """A tensor of a parameter's shape as the parameter is: whole, or this rank's part of it.
+
+    All ranks have the same one: nothing is exchanged.
+    """
+    if not hasattr(param, "placements"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)

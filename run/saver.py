@@ -33,8 +33,8 @@ class Saver:
     A write that fails leaves what was there. `problem` says why the last ckpt_<step>.pt failed, ""
     when it did not; `best_failed` is the same for best.pt; `unsaid` holds all failures until the
     caller takes them out to tell the user. With writes=False nothing is written: a process that is
-    not the first of its run only takes part in collecting the state. parts, a sharded.Writer,
-    has every process write its part: ckpt_<step>.shards and best.shards.
+    not the first of its run only takes part in collecting the state. With in_parts every process
+    writes its part: ckpt_<step>.shards and best.shards.
     """
 
     def __init__(
@@ -43,11 +43,15 @@ class Saver:
         keep_last: int,
         milestone_interval: int = 0,
         writes: bool = True,
-        parts: Any = None,
+        in_parts: bool = False,
     ) -> None:
         self.out_dir, self.keep_last, self.milestone = out_dir, keep_last, milestone_interval
-        self.writes, self.parts = writes, parts
-        self.suffix = PARTS if parts else ".pt"
+        self.writes, self.parts = writes, None  # or what writes the parts
+        if in_parts:
+            from formats.sharded import Writer  # few need it, and it takes a second
+
+            self.parts = Writer()
+        self.suffix = PARTS if in_parts else ".pt"
         self.begin(-1, 0, math.inf)
         self.best_before: float | None = None  # the loss of the best one before the last
         self.thread = ThreadPoolExecutor(1, "checkpoint", initializer=step_aside)

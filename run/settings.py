@@ -10,7 +10,15 @@ from formats.listing import KINDS
 from text.files import path_of
 from text.tokens import dataset_folder
 
-MOST = {"num_hidden_layers": 10_000}  # beyond, it would take hours to find that none fit
+MOST = {
+    "num_hidden_layers": 10_000,  # beyond, it would take hours to find that none fit
+    "decay_share": 1,
+}
+CHOICES = {  # setting -> what it may be
+    "optimizer": ("adamw", "muon"),
+    "lr_schedule": ("cosine", "wsd"),
+    "parallel": ("ddp", "fsdp", "hsdp"),
+}
 LEAST = {  # setting -> smallest value
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers"), 1),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 1),
@@ -21,6 +29,7 @@ LEAST = {  # setting -> smallest value
     "batch_size": 1,
     "max_iters": 0,
     "warmup_iters": 0,
+    "decay_share": 0,
     "lr_decay_iters": 0,
     "min_lr": 0,
     "weight_decay": 0,
@@ -42,6 +51,7 @@ LEAST = {  # setting -> smallest value
 DECIDE = (
     *("dataset", "tokens_per_step", "seed", "max_iters", "dropout", "dtype"),
     *("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "decay_lr"),
+    *("optimizer", "lr_schedule", "decay_share"),
     *("weight_decay", "beta1", "beta2", "grad_clip", "deterministic"),
 )
 
@@ -62,8 +72,10 @@ def check(settings: Mapping[str, Any]) -> None:
         problems.append(f"min_lr ({s['min_lr']}) is above learning_rate ({s['learning_rate']})")
     if s["compile"].lower() not in ("auto", "true", "false"):
         problems.append(f"compile must be auto, True or False, not {s['compile']!r}")
-    if s["parallel"] not in ("ddp", "fsdp", "hsdp"):
-        problems.append(f"parallel must be ddp, fsdp or hsdp, not {s['parallel']!r}")
+    for name, known in CHOICES.items():
+        if s[name] not in known:
+            words = f"{', '.join(known[:-1])} or {known[-1]}"
+            problems.append(f"{name} must be {words}, not {s[name]!r}")
     if s["sharded_checkpoints"] and s["parallel"] == "ddp":
         problems.append("sharded_checkpoints needs parallel fsdp or hsdp")
     if not s["checkpoint_minutes"] > 0:
@@ -105,8 +117,10 @@ def idle(settings: Mapping[str, Any], in_team: bool) -> Iterator[tuple[str, list
     """
     s, runs = settings, not settings["dry_run"]
     if not s["decay_lr"]:
-        names = ["min_lr", "warmup_iters", "lr_decay_iters"]
+        names = ["min_lr", "warmup_iters", "lr_schedule", "lr_decay_iters", "decay_share"]
         yield "with decay_lr=False, which keeps the peak", names
+    elif s["lr_schedule"] == "cosine":
+        yield "with lr_schedule=cosine, which falls from the warm-up on", ["decay_share"]
     if s["eval_iters"]:
         yield f"with eval_iters={s['eval_iters']}, which counts in batches", ["eval_windows"]
     if not s["wandb_log"]:

@@ -15,6 +15,7 @@ from formats import checkpoint, listing, pretrained, rebuild
 from formats.pack import tensors_in
 from model import GPT, GPTConfig
 from run.log import say
+from run.optim import names_of
 from run.parallel import share_optimizer
 from run.settings import changed
 from run.team import Team
@@ -78,8 +79,8 @@ class Start:
                 f"{self.path} has {self.state.iter_num} updates already, more than "
                 f"max_iters={now['config']['max_iters']}; write a larger --max_iters to go on"
             )
-        if self.path.suffix != listing.PARTS:  # which sharded.py checks
-            check_moments(self.saved.get("optimizer"), self.state.iter_num, self.path)
+        updates = self.state.iter_num if self.path.suffix != listing.PARTS else 0  # not read yet
+        check_moments(self.saved["optimizer"], now["config"]["optimizer"], updates, self.path)
         if different := changed(self.saved, now):
             say(f"WARNING  not the same run as before: {', '.join(different)}")
         return tok
@@ -125,21 +126,21 @@ class Start:
 
 
 def moments_fit(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a state of AdamW as it comes out of a file is that of the optimizer's parameters."""
+    """Whether a state as it comes out of a file is that of the optimizer's parameters."""
     groups, states = saved.get("param_groups"), saved.get("state")
     if not isinstance(groups, list) or not isinstance(states, dict):
         return False
     numbers = [numbers_of(g) for g in groups]
     if numbers != [g["params"] for g in optimizer.state_dict()["param_groups"]]:
         return False
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    names = ("exp_avg", "exp_avg_sq")
-    return set(states) <= set(range(len(params))) and all(
+    known = [
+        (p.shape, names_of(group)) for group in optimizer.param_groups for p in group["params"]
+    ]
+    return set(states) <= set(range(len(known))) and all(
         isinstance(state, dict)
-        and set(state) == {"step", *names}
+        and set(state) == known[i][1]
         and all(checkpoint.is_weight(k, v) for k, v in state.items())
-        and state["step"].shape == ()
-        and all(state[name].shape == params[i].shape for name in names)
+        and all(v.shape == (() if k == "step" else known[i][0]) for k, v in state.items())
         for i, state in states.items()
     )
 
@@ -225,23 +226,25 @@ def other_sizes(theirs: GPTConfig, as_set: GPTConfig, typed: Container[str]) -> 
     return [name for name in names if getattr(theirs, name) != getattr(as_set, name)]
 
 
-def check_moments(optimizer: Any, updates: int, path: Path) -> None:
-    """Raises ValueError when an optimizer's state in a checkpoint is not AdamW's."""
+def check_moments(saved: Mapping[str, Any], name: str, updates: int, path: Path) -> None:
+    """Raises ValueError when the state in a checkpoint is not that of the optimizer `name`.
+
+    updates: how many have made it; 0 when it is not read.
+    """
     try:
-        kept, groups = optimizer["state"], optimizer["param_groups"]
+        kept, groups = saved["state"], saved["param_groups"]
         if not isinstance(kept, dict) or not isinstance(groups, list):  # a tensor has a length, too
             raise TypeError
-        count = sum(len(group["params"]) for group in groups)
-        adamw = len(kept) == (count if updates else 0) and all(
-            isinstance(m, dict) and {"step", "exp_avg", "exp_avg_sq"} == set(m)
-            for m in kept.values()
-        )
+        theirs = "muon" if any("momentum" in group for group in groups) else "adamw"
+        names = {i: names_of(group) for group in groups for i in numbers_of(group) or []}
+        fits = {i: set(m) for i, m in kept.items()} == (names if updates else {})
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
-        adamw = False
-    if not adamw:
+        theirs, fits = name, False
+    if theirs != name or not fits:
+        another = f"write --optimizer={theirs}, or " if theirs != name else ""
         raise ValueError(
-            f"{path} has the state of another optimizer than AdamW, so it cannot be resumed; start "
-            f"a new run from it: --init_from={path} and another --out_dir"
+            f"{path} has the state of another optimizer than {name}, so it cannot be resumed with "
+            f"it; {another}start a new run from it: --init_from={path} and another --out_dir"
         )
 
 

@@ -192,7 +192,7 @@ def test_a_rank_that_is_short_takes_the_others_along(stop, tmp_path):
 def test_room_that_cannot_be_had_is_memory_that_is_short(stop, tmp_path, monkeypatch):
     """AdamW's moments are more than there is: a smaller batch does not help, a line says so."""
     micro = micro_of(stop, tmp_path)
-    monkeypatch.setattr("run.microbatch.num_parameters", lambda model: 10**15)
+    monkeypatch.setattr("run.microbatch.moments", lambda groups: 10**15)
     with pytest.raises(ValueError, match="batch_size=1; use a smaller model"):
         for attempt in micro.attempts():
             with attempt:

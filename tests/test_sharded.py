@@ -238,8 +238,8 @@ def test_large_states_go_into_several_files(writer, tmp_path, monkeypatch):
 
 def test_the_best_of_the_other_kind_goes(writer, tmp_path):
     state = state_of(*trained())
-    for shards, name in ((None, "best.pt"), (writer, "best.shards"), (None, "best.pt")):
-        saver = Saver(tmp_path, 1, parts=shards)
+    for shards, name in ((False, "best.pt"), (True, "best.shards"), (False, "best.pt")):
+        saver = Saver(tmp_path, 1, in_parts=shards)
         saver.save_best(state)
         saver.wait()
         assert [p.name for p in tmp_path.iterdir()] == [name] and not saver.unsaid

@@ -122,6 +122,8 @@ def resume_everywhere(script, flags, tmp_path, steps):
         (["--dtype=bfloat16", *OPTIONS], (1, 6, 11)),
         (["--dtype=bfloat16", "--dropout=0.1"], (1, 6, 11)),
         (["--skip_spike=3", "--grad_clip=0"], (1, 6, 11)),
+        (["--optimizer=muon", "--lr_schedule=wsd", "--dropout=0.1"], (1, 6, 11)),
+        (["--optimizer=muon", "--dtype=bfloat16", *OPTIONS], (1, 6, 11)),
     ],
 )
 def test_resume_goes_on_to_the_bit(script, tiny, tmp_path, more, steps):
@@ -292,6 +294,51 @@ def test_learning_rate_corners():
     assert rates == sorted(rates, reverse=True)
 
 
+def test_the_stable_rate_falls_in_a_line_at_the_end():
+    at = make_schedule(1.0, 0.2, 9, 100, "wsd", 0.4).at
+    assert [at(s) for s in (4, 8)] == pytest.approx([0.5, 0.9])
+    assert {at(s) for s in range(9, 61)} == {1.0}
+    assert [at(s) for s in (61, 70, 80, 99, 100, 500)] == pytest.approx(
+        [0.98, 0.8, 0.6, 0.22, 0.2, 0.2]
+    )
+    whole = make_schedule(1.0, 0.0, 10, 100, "wsd", 1.0)
+    assert [whole.at(s) for s in (10, 55, 99)] == pytest.approx([1.0, 0.5, 1 / 90])
+    never = make_schedule(1.0, 0.0, 0, 10, "wsd", 0.01)
+    assert [never.at(s) for s in (0, 9, 10)] == [1.0, 1.0, 0.0]
+
+
+def test_a_stable_run_is_prolonged_and_cut_short(script, tiny, tmp_path):
+    """From its stable part a longer and a shorter run go on, equal to those made in one piece."""
+    wsd = ["--lr_schedule=wsd", "--decay_share=0.5", "--optimizer=muon", "--checkpoint_interval=1"]
+    flags = [*tiny, *wsd, "--keep_last=20", "--eval_interval=100"]
+    finals = {}
+    for updates in (12, 16, 10):
+        out = tmp_path / f"whole{updates}"
+        result = script("train.py", *flags, f"--max_iters={updates}", f"--out_dir={out}")
+        assert result.code == 0, result.err
+        finals[updates] = weights(out / f"ckpt_{updates}.pt")
+    for updates in (16, 10):
+        out = tmp_path / f"from12to{updates}"
+        out.mkdir()
+        shutil.copy(tmp_path / "whole12" / "ckpt_5.pt", out)
+        more = [f"--max_iters={updates}", f"--out_dir={out}", "--init_from=resume"]
+        result = script("train.py", *flags, *more)
+        assert result.code == 0, result.err
+        assert f"max_iters 12 -> {updates}" in result.out
+        assert equal(weights(out / f"ckpt_{updates}.pt"), finals[updates])
+
+
+def test_a_new_run_from_a_checkpoint_may_be_a_decay_alone(script, tiny, tmp_path):
+    assert script("train.py", *tiny, "--lr_schedule=wsd").code == 0
+    more = ["--lr_schedule=wsd", "--decay_share=1", "--warmup_iters=0", "--max_iters=8"]
+    more += [f"--init_from={tmp_path / 'out' / 'ckpt_12.pt'}", f"--out_dir={tmp_path / 'cut'}"]
+    result = script("train.py", *tiny, *more, "--log_interval=1", "--min_lr=0")
+    assert result.code == 0, result.err
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = [r["lr"] for r in map(json.loads, lines) if "lr" in r]
+    assert rates == pytest.approx([1e-2 * (1 - s / 8) for s in range(8)])
+
+
 def test_a_try_of_a_few_updates_has_a_short_warm_up(script, tiny):
     """Of any config: the warm-up is cut to a tenth of the run, and that is said."""
     assert make_schedule(1.0, 0.1, 800, 20).warmup == 2
@@ -445,7 +492,7 @@ def test_another_optimizers_state_is_told(script, tiny, tmp_path, hurt):
     write_checkpoint(path, optimizer=optimizer)
     result = script("train.py", *tiny, "--init_from=resume")
     assert result.code == 1 and result.err.count("\n") == 1
-    assert "another optimizer than AdamW" in result.err and "another --out_dir" in result.err
+    assert "another optimizer than adamw" in result.err and "another --out_dir" in result.err
 
 
 def test_a_long_sample_prompt_is_told(script, tiny):

@@ -233,7 +233,8 @@ def folder(tmp_path_factory):
 NAMED = ["--init_from=ckpt_3.pt"]
 BRANCHES = {
     "train.py": [
-        (["--decay_lr=False"], "min_lr warmup_iters lr_decay_iters"),
+        (["--decay_lr=False"], "min_lr warmup_iters lr_schedule lr_decay_iters decay_share"),
+        (["--lr_schedule=cosine"], "decay_share"),
         (["--eval_iters=3"], "eval_windows"),
         (["--wandb_log=False"], "wandb_project wandb_run_name"),
         (["--dry_run=False"], "world_size"),
@@ -267,8 +268,8 @@ ALWAYS = """
     out_dir init_from seed dataset tokens_per_step batch_size vocab_size hidden_size
     intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     max_position_embeddings rope_theta rms_norm_eps dropout tie_word_embeddings qk_norm
-    attention_bias mlp_bias max_iters learning_rate decay_lr weight_decay beta1 beta2 grad_clip
-    max_skipped skip_spike eval_interval eval_iters sample_prompt reference log_interval
+    attention_bias mlp_bias max_iters optimizer learning_rate decay_lr weight_decay beta1 beta2
+    grad_clip max_skipped skip_spike eval_interval eval_iters sample_prompt reference log_interval
     checkpoint_interval checkpoint_minutes keep_last milestone_interval time_limit
     watchdog_minutes wandb_log device dtype compile deterministic activation_checkpointing dry_run
 """
@@ -290,7 +291,7 @@ def test_a_flag_without_effect_is_refused(script, folder, monkeypatch, name, fla
         return
     others = [flag for k, flag in typed.items() if k not in chosen and k not in without.split()]
     if name == "train.py":
-        names = {"wandb_project", "wandb_run_name", "world_size"}
+        names = {"wandb_project", "wandb_run_name", "world_size", "decay_share"}
         others = [flag for flag in others if flag[2:].partition("=")[0] not in names]
         others += ["--device=nowhere"]
     else:
@@ -353,7 +354,7 @@ def test_what_a_branch_does_not_read_is_refused(
 def test_in_a_plan_the_runs_flags_are_not_refused():
     s = settings("train.py") | {"dry_run": True, "parallel": "fsdp", "sharded_checkpoints": True}
     refused = {name for _, names in idle(s, in_team=False) for name in names}
-    assert refused == {"wandb_project", "wandb_run_name"}
+    assert refused == {"wandb_project", "wandb_run_name", "decay_share"}
     s |= {"dry_run": False}
     assert "parallel" in {n for _, names in idle(s, in_team=False) for n in names}
     assert "parallel" not in {n for _, names in idle(s, in_team=True) for n in names}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from formats.hf import ByteLevelBPE
 from model import GPTConfig
-from text.files import replacing
+from text.files import SHORT, replacing
 from text.tokenizer import Tokenizer
 
 NAMES = {  # ours -> GGUF's
@@ -72,6 +72,8 @@ def write(
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
                 writer.write_tensors_to_file()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{path} not written: {SHORT.repr(e.object)} is not UTF-8 text") from e
     except OSError as e:
         raise OSError(f"could not write {path}: {e}") from e
 
@@ -141,11 +143,12 @@ def add_tokenizer(writer: Any, tokens: ByteLevelBPE, vocab_size: int, tok: Token
 
     texts = {i: text for text, i in tokens.vocab.items()}
     unused = {i: f"<|unused {i}|>" for i in range(vocab_size) if i not in texts}
+    names = texts | unused
     kinds = gguf.TokenType
     control = {*tokens.special, tok.eot}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([texts.get(i) or unused[i] for i in range(vocab_size)])
+    writer.add_token_list([names[i] for i in range(vocab_size)])
     writer.add_token_types(
         [
             kinds.CONTROL

@@ -827,6 +827,15 @@ def test_a_tokenizer_that_llama_cpp_would_not_recognise_is_refused(script, tmp_p
     assert result.code == 1 and "convert_hf_to_gguf.py" in result.err
 
 
+def test_an_added_token_without_a_text_is_written_as_it_is(export, tmp_path, own_bpe):
+    spec = json.loads(own_bpe)
+    spec["added_tokens"] += [spec["added_tokens"][0] | {"id": 447, "content": ""}]
+    spec["model"]["vocab"][""] = 447
+    size = dataclasses.replace(SIZE, vocab_size=448)
+    save(tmp_path / "out", size, {"name": "tokenizer.json", "json": json.dumps(spec)})
+    assert gguf_file(export("gguf"))[0]["tokenizer.ggml.tokens"][447] == ""
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_llama_cpp_writes_the_same_text(export, tmp_path, seed, own_bpe):
     """64 tokens, the likeliest each; and its tokenizer gives our ids."""
@@ -948,6 +957,7 @@ def test_an_upload_that_fails_says_that_the_files_are_there(script, tmp_path, mo
         (["--to=onnx"], "hf, gguf or easygpt"),
         (["--dtype=q8_0"], "float32, bfloat16, float16 for --to=hf"),
         (["--to=gguf", "--dtype=q4"], "q8_0"),
+        (["--to=gguf", "--license=\udcff"], "model-f32.gguf not written: '\\udcff' is not UTF-8"),
         (["--push=model"], "USER/NAME"),
         (["--init_from=nowhere.pt"], "nowhere.pt"),
         (["--init_from=hf:nowhere"], "nowhere"),

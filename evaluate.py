@@ -362,8 +362,8 @@ def main() -> None:
     if why := unused_gpu(device, machine.device):
         print(f"WARNING  on the {machine.device.type}: {why}", file=sys.stderr)
     found = pretrained.load(init_from, out_dir)
-    for problem in found.problems:
-        print(f"passed over: {problem}", file=sys.stderr)
+    for line in found.lines:
+        print(line, file=sys.stderr)
     found.model.to(machine.device)
     choose_attention(found.model, machine.dtype)
     print(f"{found.path}, {found.tok.name} tokens, {describe(machine.device)}", file=sys.stderr)

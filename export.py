@@ -234,9 +234,9 @@ def main() -> None:
     if to == "easygpt":
         refuse("with to=easygpt, whose files name none", "license")
     check_model(init_from, out_dir)
-    path, model, tok, state, problems = pretrained.load(init_from, out_dir)
-    for problem in problems:
-        print(f"passed over: {problem}", file=sys.stderr)
+    path, model, tok, state, lines = pretrained.load(init_from, out_dir)
+    for line in lines:
+        print(line, file=sys.stderr)
     ours = path.suffix in listing.KINDS and not init_from.startswith(hub.PREFIX)  # no cache's
     if init_from != "resume" and (ours or output):
         refuse(f"with init_from={init_from}", "out_dir")

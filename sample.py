@@ -159,9 +159,9 @@ def main() -> None:
         raise ValueError(f"quantize must be int8, on a CPU, or empty, not {quantize!r} on {on}")
     if why := unused_gpu(device, machine.device):
         print(f"WARNING  on the {on}: {why}", file=sys.stderr)
-    path, model, tok, _, problems = pretrained.load(init_from, out_dir)
-    for problem in problems:
-        print(f"passed over: {problem}", file=sys.stderr)
+    path, model, tok, _, lines = pretrained.load(init_from, out_dir)
+    for line in lines:
+        print(line, file=sys.stderr)
     prepare(model, machine)
     kind = f"{quantize + ' and ' if quantize else ''}{machine.dtype}".replace("torch.", "")
     print(f"{path}, {tok.name} tokens, {kind}, {describe(machine.device)}", file=sys.stderr)

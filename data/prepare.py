@@ -324,9 +324,7 @@ def load_tokenizer(name: str, found: Source, work: Path) -> Tokenizer:
     path = path / "tokenizer.json" if path.is_dir() else path
     tok = get_tokenizer(str(path), eot=eot or None)
     if tok.guessed:
-        print(
-            f"taken for end-of-text, since no file states one: {tok.shown(tok.eot)} (else --eot=)"
-        )
+        print(f"{tok.guess} (else --eot=)")
     assert tok.json_text is not None
     write(kept, tok.json_text, MARK)
     return tok

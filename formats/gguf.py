@@ -165,8 +165,9 @@ def add_tokenizer(writer: Any, tokens: ByteLevelBPE, vocab_size: int, tok: Token
     none = [[texts[tok.eot], texts[tok.eot]]]
     writer.add_token_merges([" ".join(pair) for pair in tokens.merges or none])
     writer.add_bos_token_id(tok.begin if tok.bos is None else tok.bos)
-    writer.add_eos_token_id(tok.eot)
-    others = sorted(tok.ends - {tok.eot})
+    eos = tok.eot if tok.eot in tok.ends else min(tok.ends)
+    writer.add_eos_token_id(eos)
+    others = sorted(tok.ends - {eos})
     for i, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
         add(i)
     if tok.pad is not None:

@@ -364,7 +364,7 @@ def known(tok: Tokenizer) -> Tokenizer:
     same = byte_level_bpe(json.loads(tokenizer_json(ours))) == byte_level_bpe(
         json.loads(tok.json_text)
     )
-    kept = {k: getattr(tok, k) for k in ("ends", "begin", "bos", "pad", "stated")}
+    kept = {k: getattr(tok, k) for k in ("ends", "begin", "bos", "pad", "stated", "guessed")}
     return replace(ours, **kept) if same else tok
 
 
@@ -486,10 +486,10 @@ def token_ids(tok: Tokenizer, trained: bool) -> dict[str, Any]:
     """
     ids = range(tok.vocab_size)
     pad = stated.ids((tok.stated.get("model") or {}).get("pad_token_id"), ids)
-    ends = [tok.eot, *sorted(tok.ends - {tok.eot})]
+    ends = sorted(tok.ends, key=lambda i: (i != tok.eot, i))
     return {
         "bos_token_id": tok.eot if tok.bos is None and trained else tok.bos,
-        "eos_token_id": ends if len(ends) > 1 else tok.eot,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
         **({"pad_token_id": pad[0]} if pad else {}),
     }
 

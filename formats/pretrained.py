@@ -18,7 +18,7 @@ class Pretrained(NamedTuple):
     model: GPT  # on the CPU, in evaluation mode
     tok: Tokenizer
     state: dict[str, Any]  # the rest of the checkpoint
-    problems: list[str]  # what was wrong with newer checkpoints
+    lines: list[str]  # what a user should know of it
 
 
 def read(
@@ -102,7 +102,10 @@ def load(init_from: str, out_dir: str) -> Pretrained:
             f"has {tok.vocab_size} ids: it was trained with another one"
         )
     rest = {k: v for k, v in state.items() if k != "model"}
-    return Pretrained(path, model, tok, rest, problems)
+    lines = [f"passed over: {problem}" for problem in problems]
+    if tok.guessed:
+        lines.append(f"{tok.guess} (else write eos_token in its tokenizer_config.json)")
+    return Pretrained(path, model, tok, rest, lines)
 
 
 def tokenizer_of(saved: Mapping[str, Any], path: Path, own: bool = False) -> Tokenizer:
@@ -137,7 +140,7 @@ def mismatch(data: Tokenizer, model: Tokenizer) -> str:
     """Why a dataset is not in a model's tokens, in words that follow the model's name; "" if it is.
 
     They are the same be it by name or as a tokenizer.json, and whatever that adds to a text. The
-    documents have to end with an id that ends the model's texts.
+    documents have to end with an id that ends the model's texts, if it states one.
     """
     a, b = hf.known(data), hf.known(model)
     texts = [tok.json_text and hf.ids_alone(tok.json_text) for tok in (a, b)]
@@ -146,7 +149,7 @@ def mismatch(data: Tokenizer, model: Tokenizer) -> str:
             f"has the tokenizer {model.name!r}, but the dataset is in {data.name!r} or another "
             "version of it"
         )
-    if data.eot not in model.ends:
+    if data.eot not in model.ends and not model.guessed:
         ends = " or ".join(map(model.shown, sorted(model.ends)))
         return f"ends a text with {ends}, but the dataset's documents end with {a.shown(data.eot)}"
     return ""

@@ -261,6 +261,9 @@ def check_same_tokenizer(saved: Mapping[str, Any], tok: Tokenizer, path: Path) -
             "(data/prepare.py --tokenizer=..., and --eot=...)"
         )
     kept = {k: getattr(theirs, k) for k in ("ends", "bos", "pad", "stated")}
+    if theirs.guessed:
+        say(f"data     {path} states no end-of-text: it is the dataset's, {tok.shown(tok.eot)}")
+        del kept["ends"]
     return replace(tok, **kept)
 
 

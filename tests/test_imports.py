@@ -160,6 +160,13 @@ CASES = {
         tokenizer=dict(eos_token=token("<|done|>"), bos_token="<s>"),
         gguf=True,
     ),
+    "one ends documents, another one texts": Case(
+        lambda: byte_level("</s>", "<|stop|>", "<|end|>"),
+        *("<|end|>", "<|stop|>", "<|stop|>"),
+        generation=dict(eos="<|stop|>"),
+        tokenizer=dict(eos_token="<|end|>"),
+        gguf=True,
+    ),
     "a plain word": Case(words, *("END", "END", "END"), config=dict(eos="END")),
     "Qwen3, a list in config.json": Case(
         lambda: byte_level(*IM, plain=["<think>"]),
@@ -249,7 +256,7 @@ def check_files(folder, case, tok, trained):
     stops = generation.eos_token_id
     stops = {*stops} if isinstance(stops, list) else {stops}
     wanted = {tok.token_to_id(t) for t in case.ends.split()}
-    assert stops == wanted
+    assert stops == wanted | ({tok.token_to_id(case.eot)} if trained else set())
     told = their_tokenizer(folder)
     if case.bos is not None:
         bos = tok.token_to_id(case.bos)
@@ -302,7 +309,7 @@ def test_what_ends_and_begins_a_text_survives(script, tmp_path, name, tiny_confi
     result = script("train.py", *flags, "--eval_iters=1")
     assert result.code == 0, result.err
     ours = pretrained.load("resume", str(tuned)).tok
-    assert (ours.eot, ours.ends, ours.begin, ours.prefix) == (eot, ends, eot, ())
+    assert (ours.eot, ours.ends, ours.begin, ours.prefix) == (eot, ends | {eot}, eot, ())
     assert (ours.bos, ours.pad) == (came.tok.bos, came.tok.pad)
     assert said(script, str(tuned)) == wanted
 
@@ -321,11 +328,39 @@ def test_what_ends_and_begins_a_text_survives(script, tmp_path, name, tiny_confi
             assert result.code == 0, result.err
             fields = {k.removeprefix("tokenizer.ggml."): v for k, v in gguf_file(target)[0].items()}
             kinds = ("eos_token_id", "eot_token_id", "eom_token_id")
-            assert fields["eos_token_id"] == eot
-            assert {fields[k] for k in kinds if k in fields} == ends
+            stops = ends if "hf:" in flags[0] else ends | {eot}
+            assert fields["eos_token_id"] == (eot if eot in stops else min(stops))
+            assert {fields[k] for k in kinds if k in fields} == stops
             assert fields["bos_token_id"] == begin or not case.bos
             assert fields["add_bos_token"] == (added and "hf:" in flags[0])
             assert fields["token_type"][eot] == 3
+
+
+def test_an_end_of_text_that_nothing_states_is_said_and_may_be_chosen(
+    script, tmp_path, tiny_config
+):
+    case = Case(lambda: byte_level("<|endoftext|>", "<|im_end|>"), "", "", "<|im_end|>")
+    base, data, tok = tmp_path / "base", tmp_path / "data", case.make()
+    make_model(base, case, tok)
+    for command in (
+        ("sample.py", "--start=the", "--num_samples=1", "--max_new_tokens=1"),
+        ("export.py", f"--output={tmp_path / 'out'}"),
+    ):
+        result = script(*command, f"--init_from=hf:{base}")
+        assert result.code == 0, result.err
+        assert "no file states one: 0 ('<|endoftext|>') (else write eos_token" in result.err
+
+    docs = tmp_path / "docs.jsonl"
+    docs.write_text(f"{json.dumps({'text': TEXT})}\n" * 400, encoding="utf-8")
+    flags = [f"--source={docs}", f"--tokenizer={base}", "--eot=<|im_end|>", "--num_proc=1"]
+    assert script("data/prepare.py", *flags, f"--dataset={data}").code == 0
+    tuned = tmp_path / "tuned"
+    flags = [str(tiny_config), f"--dataset={data}", f"--out_dir={tuned}", "--max_iters=1"]
+    result = script("train.py", *flags, f"--init_from=hf:{base}", "--eval_iters=1")
+    assert result.code == 0, result.err
+    assert "states no end-of-text: it is the dataset's, 1 ('<|im_end|>')" in result.out
+    found = pretrained.load("resume", str(tuned))
+    assert (found.tok.eot, found.tok.ends, found.lines) == (1, {1}, [])
 
 
 # --- models that are a Llama or a Qwen3 by another name

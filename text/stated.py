@@ -63,7 +63,7 @@ def marks(stated: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Marks:
 
     A document ends with the token that the dataset's meta.json or tokenizer_config.json names,
     else with the first of config.json's, else of generation_config.json's. A text stops at those
-    of generation_config.json, else of config.json, and where a document ends.
+    of generation_config.json, else of config.json, else where a document ends.
     """
     there = {*vocabulary.values()}
     by_id = [stated.get(part) or {} for part in ("dataset", "model", "generation")]

@@ -79,7 +79,7 @@ class Tokenizer:
     name: str  # "gpt2", "bytes" or "tokenizer.json": what meta.json holds
     vocab_size: int
     eot: int  # ends a document
-    ends: frozenset[int]  # a text stops at any of them; `eot` is one
+    ends: frozenset[int]  # a text stops at any of them; `eot` is one, but for such a model
     begin: int  # a new document begins with it
     encode_piece: Callable[[str], Ids]  # ids of valid text of at most PIECE characters
     token_bytes: Callable[[int, bool], bytes]  # of an id; True for the first of a text
@@ -89,7 +89,7 @@ class Tokenizer:
     bos: int | None = None  # an imported model's, for exports to carry on
     pad: int | None = None  # so, too
     stated: Mapping[str, Any] = field(default_factory=dict)  # what an imported model's files say
-    guessed: bool = False  # nothing says what `eot` is
+    guessed: bool = False  # nothing states what `eot` is
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Lone surrogates, which UTF-8 does not have, become U+FFFD."""
@@ -115,7 +115,13 @@ class Tokenizer:
             "bos": self.bos,
             "pad": self.pad,
             "stated": json.dumps(self.stated) if self.stated else "",
+            **({"guessed": True} if self.guessed else {}),
         }
+
+    @property
+    def guess(self) -> str:
+        """A line for the user where nothing states what ends a text."""
+        return f"taken for end-of-text, since no file states one: {self.shown(self.eot)}"
 
     def encode_array(self, text: str) -> Ids:
         """As `encode`, as an array (tokens,)."""
@@ -260,11 +266,13 @@ def from_saved(entry: Mapping[str, Any] | None, own: bool = False) -> Tokenizer:
     )
     return replace(
         tok,
-        ends=tok.ends | {*ends},
+        # what an imported model stops at, as transformers does, may leave its eot out
+        ends=frozenset(ends) if own and ends else tok.ends | {*ends},
         begin=bos[0] if own and bos else tok.begin,
         bos=bos[0] if bos else None,
         pad=pad[0] if pad else None,
         stated={k: v for k, v in files if isinstance(v, dict)},
+        guessed=entry.get("guessed") is True,
     )
 
 
@@ -434,7 +442,7 @@ def hugging_face(
         raise ValueError(f"{where} makes a flood of text of a word, replacement after replacement")
     vocabulary = tok.get_vocab(with_added_tokens=True)
     marks = stated.marks(files, vocabulary)
-    end = end_of_text(tok, spec, where, marks.eot if eot is None else eot)
+    end = end_of_text(tok, spec, where, marks.eot if eot is None else eot, own)
     tok.no_truncation()
     tok.no_padding()
     tok.encode_special_tokens = True  # their text is text
@@ -472,7 +480,7 @@ def hugging_face(
         name="tokenizer.json",
         vocab_size=max(vocabulary.values()) + 1,
         eot=end,
-        ends=marks.ends | {end},
+        ends=marks.ends if own and marks.ends else marks.ends | {end},
         begin=marks.bos if own and marks.bos is not None else characters.begin(spec, end),
         encode_piece=encode_piece,
         token_bytes=functools.lru_cache(2**18)(token_bytes),
@@ -486,7 +494,9 @@ def hugging_face(
     )
 
 
-def end_of_text(tok: Any, spec: dict[str, Any], where: str, wanted: int | str | None) -> int:
+def end_of_text(
+    tok: Any, spec: dict[str, Any], where: str, wanted: int | str | None, own: bool
+) -> int:
     """The id of a `tokenizers.Tokenizer` that ends documents; wanted: its id or text, if known.
 
     Else the first of EOT_NAMES that it has. Raises ValueError when it has no such token.
@@ -503,7 +513,8 @@ def end_of_text(tok: Any, spec: dict[str, Any], where: str, wanted: int | str | 
     if wanted is None:
         raise ValueError(
             f"{where} has no end-of-text token, such as {', '.join(EOT_NAMES[:4])}, and no file "
-            "beside it states one; write eos_token in tokenizer_config.json, or prepare with --eot"
+            "beside it states one; write eos_token in tokenizer_config.json"
+            + (", or prepare with --eot" if not own else "")
         )
     names = added or [*tok.get_vocab()]
     near = difflib.get_close_matches(str(wanted), names[:NEAR], n=3, cutoff=0.4) or names[:3]

@@ -145,6 +145,8 @@ def check() -> None:
     if temperature == 0:
         how = ("top_k", "top_p", "min_p", "seed")
         refuse("with temperature=0, which draws nothing", *how)
+    elif top_k == 1:
+        refuse("with top_k=1, which draws nothing", "temperature", "top_p", "min_p", "seed")
     at_least(settings_of(globals()), num_samples=1, max_new_tokens=1, top_k=0, seed=0)
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
 

@@ -3,7 +3,9 @@
 It imports next to nothing, so that a script begins with it: the libraries take seconds to load.
 """
 
+import atexit
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -12,7 +14,7 @@ from types import FrameType
 
 NAMES = ("SIGINT", "SIGHUP")  # Windows has no SIGHUP
 
-Handler = Callable[[int, FrameType | None], None]
+Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
 
 def take(handler: Handler) -> None:
@@ -22,6 +24,16 @@ def take(handler: Handler) -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) in free:
             signal.signal(number, handler)
+    ignore_at_exit()
+
+
+@functools.cache
+def ignore_at_exit() -> None:
+    """As Python's last act, when all is done and it calls no handler any more, ignore them.
+
+    What is registered first is called last.
+    """
+    atexit.register(take, signal.SIG_IGN)
 
 
 def end(number: int, frame: FrameType | None) -> None:

@@ -129,7 +129,7 @@ def idle(settings: Mapping[str, Any], in_team: bool) -> Iterator[tuple[str, list
         yield f"with init_from={s['init_from']}, which goes on with a run", ["overwrite"]
     if runs:
         yield "without --dry_run=True", ["world_size"]
-    if runs and not in_team and s["parallel"] != "ddp":
+    if runs and not in_team:
         yield "in one process; start it by torchrun", ["parallel", "sharded_checkpoints"]
 
 

@@ -950,3 +950,19 @@ def test_a_disk_full_of_log_stops_no_run(tiny, tmp_path):
         args = [sys.executable, str(ROOT / "train.py"), *tiny]
         done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert listing.steps_saved(tmp_path / "out")[0][0] == 12, done.stderr
+
+
+@posix
+def test_ctrl_c_while_python_ends_changes_nothing(tmp_path):
+    """All is done by then, and Python calls no handler any more."""
+    code = (
+        "import os, signal; from run import interrupt; interrupt.take(interrupt.end)\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
+        "        kill(pid, 2)\n"
+        "late = Late()\n"
+        "import sys; sys.late = late\n"  # is deleted with the last modules
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

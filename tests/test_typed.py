@@ -239,6 +239,7 @@ BRANCHES = {
         (["--wandb_log=False"], "wandb_project wandb_run_name"),
         (["--dry_run=False"], "world_size"),
         (["--parallel=fsdp"], "parallel"),
+        (["--parallel=ddp"], "parallel"),
         (["--parallel=fsdp", "--sharded_checkpoints=True"], "parallel sharded_checkpoints"),
         (["--init_from=resume", "--overwrite=True"], "overwrite"),
         (["--init_from=auto", "--overwrite=True"], "overwrite"),
@@ -248,6 +249,7 @@ BRANCHES = {
         (NAMED, "out_dir"),
         (["--interactive"], "start num_samples"),
         (["--temperature=0"], "top_k top_p min_p seed"),
+        (["--top_k=1"], "temperature top_p min_p seed"),
     ],
     "evaluate.py": [
         (["--task=val"], "file limit stride"),
@@ -292,6 +294,7 @@ def test_a_flag_without_effect_is_refused(script, folder, monkeypatch, name, fla
     others = [flag for k, flag in typed.items() if k not in chosen and k not in without.split()]
     if name == "train.py":
         names = {"wandb_project", "wandb_run_name", "world_size", "decay_share"}
+        names |= {"parallel", "sharded_checkpoints"}
         others = [flag for flag in others if flag[2:].partition("=")[0] not in names]
         others += ["--device=nowhere"]
     else:

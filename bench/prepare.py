@@ -79,13 +79,13 @@ def prepared(source: Path, processes: int, out: Path) -> Cost:
 
 def by_recipe(source: Path, processes: int, out: Path) -> Cost:
     """What nanoGPT's recipe takes."""
-    command = ["-m", "bench.recipes", "nanogpt", str(source), str(processes), str(fresh(out))]
+    command = ["-m", "bench.others", "nanogpt", str(source), str(processes), str(fresh(out))]
     return run(command, out)
 
 
 def by_tiktoken(source: Path, processes: int, out: Path) -> Cost:
     """What tiktoken takes; the seconds are those of the encoding alone."""
-    command = ["-m", "bench.recipes", "tiktoken", str(source), str(processes)]
+    command = ["-m", "bench.others", "tiktoken", str(source), str(processes)]
     cost = run(command, fresh(out))
     return replace(cost, seconds=float(cost.printed.splitlines()[-1]))
 

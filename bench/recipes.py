@@ -1,54 +1,357 @@
-"""Other ways from text to tokens: python -m bench.recipes nanogpt|tiktoken FILE COUNT [OUT]"""
+"""Tokens to the same loss: python bench/recipes.py --dataset=PATH
+
+The recipe of config/train_gpt_fast.py stands against two baselines, at three
+small sizes: the reference's own hyperparameters with its rate scaled to the
+width, and the best AdamW of a sweep. Each run is one of train.py. Stopped, the
+bench goes on where it was; a finished run leaves its curve in `curves`, a small
+JSON file, and is not made again. The table and the picture are made of those.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the repository, not this folder, whose train.py is another
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from run import interrupt
+
+    interrupt.take(interrupt.end)
 
 import json
-import sys
-import time
+import math
+import os
+import statistics
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import numpy as np
-import tiktoken
+from bench.commands import started
+from bench.settings import check
+from configurator import configure
+from run import script
+from run.records import read_records
+from run.settings import check_folder
+from text import files
+from text.files import path_of
+
+# what
+dataset = ""  # a folder of data/prepare.py, with 20 million tokens for the largest size
+sizes = "0.5,1.5,4"  # millions of parameters in the blocks
+only = ""  # reference, adamw or recipe; empty = all
+seeds = 2  # of the final pairs; the sweep has one
+share = 1.0  # of the tokens, for a quick try
+# how
+jobs = 1  # runs at a time, which share the cores
+out_dir = "out/recipes"  # where the runs live until they are finished
+curves = "assets/recipes"  # folder of the finished curves
+png = ""  # also draw the curves into this file
+
+CONTEXT, WINDOWS = 256, 32  # 8,192 tokens an update
+REFERENCE_RATE, REFERENCE_WIDTH = 3.2e-4, 1024
+RECIPE_RATE = 1.8e-3  # at that width
+WARMUP = 0.053  # of the updates, as the reference's 800 of 15,000
+PARTS = (0.4, 0.6, 1.0)  # of the tokens that the recipe is given, each with its whole schedule
+POINTS = 20  # of a curve
 
 
-def nanogpt(source: str, processes: int, out: str) -> None:
-    """The recipe of nanoGPT's data/openwebtext/prepare.py, on a .jsonl instead of the Hub."""
-    from datasets import load_dataset  # seconds, and memory that the other way does not need
-
-    encoding = tiktoken.get_encoding("gpt2")
-
-    def tokenize(row: dict[str, str]) -> dict[str, object]:
-        ids = [*encoding.encode_ordinary(row["text"]), encoding.eot_token]
-        return {"ids": ids, "len": len(ids)}
-
-    rows = load_dataset(
-        "json", data_files=source, split="train", cache_dir=f"{out}/cache", num_proc=processes
-    )
-    splits = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    for split, name in (("train", "train"), ("test", "val")):
-        found = splits[split].map(tokenize, remove_columns=["text"], num_proc=processes)
-        total = int(np.sum(found["len"], dtype=np.uint64))
-        bins = np.memmap(f"{out}/{name}.bin", dtype=np.uint16, mode="w+", shape=(total,))
-        at, shards = 0, min(1024, len(found))
-        for i in range(shards):
-            shard = found.shard(num_shards=shards, index=i, contiguous=True).with_format("numpy")
-            ids = np.concatenate(shard["ids"])
-            bins[at : at + len(ids)] = ids
-            at += len(ids)
-        bins.flush()
+Settings = tuple[tuple[str, Any], ...]  # of train.py
 
 
-def tiktoken_alone(source: str, threads: int) -> None:
-    """Print the seconds that encode_ordinary_batch takes for all documents of a .jsonl."""
-    encoding = tiktoken.get_encoding("gpt2")
-    with open(source, encoding="utf-8") as f:
-        texts = [json.loads(line)["text"] for line in f]
-    t0 = time.perf_counter()
-    for i in range(0, len(texts), 1000):
-        encoding.encode_ordinary_batch(texts[i : i + 1000], num_threads=threads)
-    print(time.perf_counter() - t0)
+@dataclass(frozen=True)
+class Size:
+    """A model of the reference's proportions, and the tokens that it is trained on."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        """Millions of parameters in the blocks, rounded."""
+        return f"{10 * self.layers * self.hidden**2 / 1e6:.1f}M"
+
+    def flags(self) -> dict[str, Any]:
+        """The settings of train.py that make it."""
+        return {
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.hidden * 5 // 2,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": 32,
+            "max_position_embeddings": CONTEXT,
+        }
+
+
+SIZES = {  # 20, 10 and 5 tokens for each parameter in the blocks
+    "0.5": Size(128, 3, 4, 1, 9_830_400),
+    "1.5": Size(192, 4, 6, 2, 14_745_600),
+    "4": Size(256, 6, 8, 2, 19_660_800),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of train.py: a size, its recipe, and the share of the tokens that it is given."""
+
+    size: Size
+    name: str  # reference, adamw or recipe
+    how: Settings
+    seed: int = 0
+    part: float = 1.0
+
+    @property
+    def updates(self) -> int:
+        """How many updates it makes."""
+        return round(self.size.tokens * self.part / (CONTEXT * WINDOWS))
+
+    def key(self, share: float) -> str:
+        """The name of its curve."""
+        how = "-".join(f"{k}={v}" for k, v in self.how)
+        seed = f"-seed={self.seed}"
+        return f"{self.size.name}-{how}{seed}-part={self.part:g}" + f"-of={share:g}" * (share != 1)
+
+
+def adamw(size: Size, values: Sequence[float]) -> Settings:
+    """AdamW with a cosine, by a step of each ladder: rate, its end, weight decay, beta2."""
+    times, end, decay, beta2 = values
+    rate = times * REFERENCE_RATE * REFERENCE_WIDTH / size.hidden
+    found = {"learning_rate": f"{rate:.3g}", "min_lr": f"{rate * end:.3g}"}
+    return tuple({**found, "weight_decay": decay, "beta2": beta2}.items())
+
+
+def recipe(size: Size) -> Settings:
+    """The recipe of config/train_gpt_fast.py, its rate by the width."""
+    rate = RECIPE_RATE * math.sqrt(REFERENCE_WIDTH / size.hidden)
+    found = {"optimizer": "muon", "learning_rate": f"{rate:.3g}", "min_lr": 0.0, "qk_norm": True}
+    return tuple({**found, "lr_schedule": "wsd", "decay_share": 0.5}.items())
+
+
+# --- a run
+
+
+def flags_of(run: Run, folder: Path, data: Path, share: float) -> list[str]:
+    """The command line of train.py."""
+    updates = max(1, round(run.updates * share))
+    settings = {
+        **run.size.flags(),
+        **dict(run.how),
+        "dataset": f"{data}{os.sep}",
+        "out_dir": folder,
+        "seed": run.seed,
+        "init_from": "auto",
+        "tokens_per_step": CONTEXT * WINDOWS,
+        "batch_size": WINDOWS,
+        "max_iters": updates,
+        "warmup_iters": round(WARMUP * updates),
+        "eval_interval": max(1, updates // POINTS),
+        "eval_windows": 768,
+        "checkpoint_minutes": 5,
+        "keep_last": 1,
+    }
+    return [f"--{k}={v}" for k, v in settings.items()]
+
+
+def train(run: Run, out: Path, kept: Path, data: Path, share: float, threads: int) -> None:
+    """Make a run, or go on with it, and keep its curve; nothing when that is there already."""
+    curve, folder = kept / f"{run.key(share)}.json", out / run.key(share)
+    if curve.exists():
+        return
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = ["train.py", *flags_of(run, folder, data, share)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with started(command, environment, **pipes) as process:
+        _, err = process.communicate()
+    if process.returncode:
+        last = (err.decode(errors="replace").strip() or "no message").splitlines()[-1]
+        raise ValueError(f"{' '.join(command)} failed: {last}")
+    points = [r for r in read_records(folder / "metrics.jsonl") if "val_loss" in r]
+    kept.mkdir(parents=True, exist_ok=True)
+    found = {
+        "size": run.size.name,
+        "settings": dict(run.how),
+        "seed": run.seed,
+        "dataset": data.name,
+        "tokens": [r["tokens"] for r in points],
+        "loss": [round(r["val_loss"], 5) for r in points],
+    }
+    files.write(curve, json.dumps(found, indent=1) + "\n")
+    for path in folder.glob("*.pt"):
+        path.unlink()
+
+
+class Bench:
+    """Runs by name, each made once, and their losses."""
+
+    def __init__(self, out: Path, kept: Path, data: Path, share: float, jobs: int) -> None:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.kept, self.share, self.jobs = kept, share, jobs
+        self.make = partial(train, out=out, kept=kept, data=data, share=share, threads=threads)
+
+    def curve(self, run: Run) -> dict[str, Any]:
+        """A finished run's curve."""
+        path = self.kept / f"{run.key(self.share)}.json"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def losses(self, runs: Sequence[Run]) -> list[float]:
+        """Make the runs, as many at a time as there are jobs; their final losses."""
+        with ThreadPoolExecutor(self.jobs) as threads:
+            list(threads.map(self.make, runs))
+        found = [self.curve(run)["loss"][-1] for run in runs]
+        for run, loss in zip(runs, found, strict=True):
+            how = ", ".join(f"{k}={v}" for k, v in run.how)
+            cells = run.size.name, run.name, how, str(run.seed), f"{run.part:g}", f"{loss:.4f}"
+            print(f"| {' | '.join(cells)} |", flush=True)
+        return found
+
+
+# --- what is searched
+
+
+LADDERS = {  # what the sweep of AdamW tries, one after the other, next to the best so far
+    "rate": tuple(2.0**i for i in range(-3, 6)),  # times the reference's, scaled to the width
+    "end": (0.0, 0.1, 0.3),  # of the rate that is left at the end; nothing is below 0
+    "decay": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "beta2": (0.8, 0.9, 0.95, 0.99, 0.999),
+}
+REFERENCE = (1.0, 0.1, 0.1, 0.95)
+
+Values = tuple[float, ...]  # a step of each ladder
+
+
+def best_of(bench: Bench, size: Size, start: Values, names: Sequence[str]) -> Values:
+    """The best AdamW that is found from `start`, along one ladder after the other."""
+    tried: dict[Values, float] = {}
+
+    def loss(values: Values) -> float:
+        if values not in tried:
+            [tried[values]] = bench.losses([Run(size, "adamw", adamw(size, values))])
+        return tried[values]
+
+    best = start
+    for i, (name, ladder) in enumerate(LADDERS.items()):
+        for step in (1, -1) if name in names else ():
+            at = ladder.index(best[i]) + step
+            while 0 <= at < len(ladder):
+                values = (*best[:i], ladder[at], *best[i + 1 :])
+                if loss(values) >= loss(best):
+                    break
+                best, at = values, at + step
+    return best
+
+
+def crossing(points: Sequence[tuple[float, float]], wanted: float) -> float:
+    """Tokens at which a loss is reached, between runs of several lengths: (tokens, final loss).
+
+    Between two of them the loss is taken as linear in the logarithm of the tokens, and so it is
+    below the first. NaN when the longest does not reach it.
+    """
+    if points[-1][1] > wanted:
+        return math.nan
+    a, b = next((a, b) for a, b in zip(points, points[1:], strict=False) if b[1] <= wanted)
+    left = (a[1] - wanted) / (a[1] - b[1])
+    return a[0] * math.exp(left * math.log(b[0] / a[0]))
+
+
+def spread(numbers: Sequence[float], digits: int) -> str:
+    """Mean and, of several, the smallest and the largest."""
+    mean = f"{statistics.mean(numbers):.{digits}f}"
+    if len(numbers) == 1:
+        return mean
+    return f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
+
+
+def finals(bench: Bench, size: Size, best: Values) -> dict[str, list[list[Run]]]:
+    """The runs to compare, by name: for each seed those of several lengths, the longest last."""
+    ours = recipe(size)
+    return {
+        "reference": [[Run(size, "reference", adamw(size, REFERENCE), s)] for s in range(seeds)],
+        "adamw": [[Run(size, "adamw", adamw(size, best), s)] for s in range(seeds)],
+        "recipe": [[Run(size, "recipe", ours, s, part) for part in PARTS] for s in range(seeds)],
+    }
+
+
+def rows(bench: Bench, size: Size, found: dict[str, list[list[Run]]]) -> Iterator[str]:
+    """The rows of a size in the last table: each baseline against the recipe."""
+    last = {
+        name: [bench.curve(runs[-1])["loss"][-1] for runs in several]
+        for name, several in found.items()
+    }
+    for name in ("reference", "adamw"):
+        ratios = []
+        for runs, wanted in zip(found["recipe"], last[name], strict=True):
+            points = [(run.part, bench.curve(run)["loss"][-1]) for run in runs]
+            ratios.append(crossing(points, wanted))
+        cells = spread(last[name], 4), spread(last["recipe"], 4), spread(ratios, 2)
+        yield f"| {size.name} | {name} | {' | '.join(cells)} |"
+
+
+def draw(path: str, bench: Bench, found: dict[Size, dict[str, list[list[Run]]]]) -> None:
+    """Loss against tokens at each size, and the ratio against the size; nothing without a path."""
+    if not path:
+        return
+    from matplotlib.figure import Figure  # few draw
+
+    figure = Figure(figsize=(4 * len(found), 4), layout="constrained")
+    for axes, (size, by_name) in zip(
+        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
+    ):
+        for color, (name, several) in enumerate(by_name.items()):
+            for runs in several:
+                for run in runs:
+                    curve = bench.curve(run)
+                    first = runs is several[0] and run is runs[-1]
+                    label = name if first else None
+                    tokens = [t / 1e6 for t in curve["tokens"]]
+                    axes.plot(tokens[1:], curve["loss"][1:], color=f"C{color}", label=label, lw=1)
+                    axes.plot(tokens[-1:], curve["loss"][-1:], "o", color=f"C{color}", ms=4)
+        low = min(bench.curve(runs[-1])["loss"][-1] for runs in by_name["recipe"])
+        axes.set_ylim(low - 0.1, low + 1.2)
+        axes.set_title(f"{size.name} parameters in the blocks")
+        axes.set_xlabel("million tokens")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path_of(path), dpi=120)
+
+
+def main() -> None:
+    check(png=png, seeds=seeds, jobs=jobs)
+    chosen = [name.strip() for name in sizes.split(",")]
+    if unknown := [name for name in chosen if name not in SIZES]:
+        raise ValueError(f"sizes must be of {', '.join(SIZES)}, not {', '.join(unknown)}")
+    if only not in ("", "reference", "adamw", "recipe"):
+        raise ValueError(f"only must be reference, adamw, recipe or empty, not {only!r}")
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, not {share}")
+    bench = Bench(path_of(out_dir), path_of(curves), check_folder(dataset).resolve(), share, jobs)
+    print("| size | recipe | settings | seed | of the tokens | loss |")
+    print("|---|---|---|---|---|---|", flush=True)
+    best: Values = REFERENCE
+    names = list(LADDERS)
+    found: dict[Size, dict[str, list[list[Run]]]] = {}
+    for size in (SIZES[name] for name in chosen):
+        if only in ("", "adamw"):
+            best = best_of(bench, size, best, names)
+            names = ["rate"]  # the others are those of the smallest size
+        found[size] = finals(bench, size, best)
+        for name, several in found[size].items():
+            if only in ("", name):
+                bench.losses([run for runs in several for run in runs])
+    if only:
+        return
+    print("\n| size | baseline | its loss | recipe's loss | tokens to its loss, recipe over it |")
+    print("|---|---|---|---|---|")
+    for size, by_name in found.items():
+        for row in rows(bench, size, by_name):
+            print(row)
+    draw(png, bench, found)
 
 
 if __name__ == "__main__":
-    kind, path, count, *rest = sys.argv[1:]
-    if kind == "nanogpt":
-        nanogpt(path, int(count), *rest)
-    else:
-        tiktoken_alone(path, int(count))
+    globals().update(configure(globals()))
+    script.run(main)

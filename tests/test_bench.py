@@ -1,6 +1,8 @@
 """bench/ on toy shapes: what is printed is there, stays at Ctrl-C, and memory is the planner's."""
 
 import importlib
+import json
+import math
 import os
 import re
 import signal
@@ -179,3 +181,87 @@ def test_paths_from_the_home_folder(tmp_path, monkeypatch):
     settings.check(png="~/a.png")
     draw_bars("~/a.png", "t", [("a", 1.0)])
     assert (tmp_path / "a.png").exists()
+
+
+# --- recipes
+
+
+@pytest.fixture
+def recipes(monkeypatch):
+    """bench/recipes.py with runs whose loss is a formula: no training."""
+    from bench import recipes
+
+    made = []
+
+    def train(run, out, kept, data, share, threads):
+        made.append(run)
+        how = dict(run.how)
+        times = float(how["learning_rate"]) * run.size.hidden / 1024 / 3.2e-4
+        end = float(how["min_lr"]) / float(how["learning_rate"])
+        loss = 4 + 0.1 * abs(math.log2(times / 4)) + end + abs(math.log(how["beta2"] / 0.99))
+        loss -= 0.2 * math.log(run.part * run.size.tokens)
+        kept.mkdir(parents=True, exist_ok=True)
+        curve = {"tokens": [0, run.size.tokens * run.part], "loss": [8.0, loss]}
+        (kept / f"{run.key(share)}.json").write_text(json.dumps(curve), encoding="utf-8")
+
+    monkeypatch.setattr(recipes, "train", train)
+    monkeypatch.setattr(recipes, "recipe", lambda size: recipes.adamw(size, (4.0, 0.0, 0.1, 0.99)))
+    recipes.made = made
+    return recipes
+
+
+def test_the_sweep_finds_the_best_between_worse_ones(recipes, tmp_path):
+    bench = recipes.Bench(tmp_path, tmp_path, tmp_path, 1.0, 1)
+    best = recipes.best_of(bench, recipes.SIZES["0.5"], recipes.REFERENCE, [*recipes.LADDERS])
+    assert best == (4.0, 0.0, 0.1, 0.99)
+    tried = {dict(run.how)["learning_rate"] for run in recipes.made}
+    assert {"0.00512", "0.0102", "0.0205"} <= tried, "worse on both sides"
+    assert len({run.key(1) for run in recipes.made}) == len(recipes.made), "none twice"
+
+
+def test_the_tokens_to_a_loss_lie_between_two_runs():
+    from bench.recipes import crossing
+
+    points = [(0.4, 4.4), (0.6, 4.2), (1.0, 4.0)]
+    assert crossing(points, 4.2) == pytest.approx(0.6)
+    assert crossing(points, 4.1) == pytest.approx(0.6 * (1 / 0.6) ** 0.5)
+    assert crossing(points, 4.5) == pytest.approx(0.4 / 1.5**0.5)
+    assert math.isnan(crossing(points, 3.9))
+
+
+def test_recipes_in_a_table_and_a_picture(recipes, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").mkdir()
+    settings = {"dataset": f"{tmp_path / 'text'}{os.sep}", "sizes": "0.5,4", "out_dir": tmp_path}
+    settings |= {"curves": tmp_path / "curves", "png": tmp_path / "a.png"}
+    for name, value in settings.items():
+        monkeypatch.setattr(recipes, name, str(value))
+    recipes.main()
+    printed = capsys.readouterr().out
+    last = printed.rpartition("recipe over it |")[2]
+    assert last.count("| reference |") == last.count("| adamw |") == 2
+    assert "| 1.00 (1.00 to 1.00) |" in last and (tmp_path / "a.png").stat().st_size > 10_000
+    recipes.main()
+    assert capsys.readouterr().out == printed
+    monkeypatch.setattr(recipes, "sizes", "3")
+    with pytest.raises(ValueError, match="sizes must be of 0.5, 1.5, 4, not 3"):
+        recipes.main()
+
+
+def test_a_run_of_the_recipe_bench_goes_on_where_it_was(dataset, tmp_path, monkeypatch):
+    from bench import recipes
+
+    monkeypatch.setattr(recipes, "CONTEXT", 32)
+    monkeypatch.setattr(recipes, "WINDOWS", 4)
+    size = recipes.Size(64, 1, 2, 1, 1280)
+    run = recipes.Run(size, "recipe", recipes.recipe(size))
+    kept = tmp_path / "curves"
+    recipes.train(run, tmp_path, kept, dataset, 0.5, 1)
+    (path,) = kept.iterdir()
+    curve = json.loads(path.read_text(encoding="utf-8"))
+    assert curve["tokens"] == [128 * i for i in range(6)] and len(curve["loss"]) == 6
+    assert curve["settings"]["optimizer"] == "muon" and not list(tmp_path.glob("*/*.pt"))
+    before = path.stat().st_mtime_ns
+    recipes.train(run, tmp_path, kept, dataset, 0.5, 1)
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"train\.py .* failed: train\.py: .*nowhere"):
+        recipes.train(run, tmp_path, tmp_path / "b", tmp_path / "nowhere", 0.5, 1)

@@ -11,7 +11,7 @@ from model import GPT, GPTConfig, num_parameters
 from plan import memory, report
 from plan.memory import Training
 from run import cards, machine
-from run.optim import configure_optimizer
+from run.optim import configure_optimizer, moments
 
 SIZE = GPTConfig(
     vocab_size=1024,
@@ -30,7 +30,8 @@ def measured(training, batch):
     """Peak bytes of live CPU tensors in a second update of two micro-steps."""
     model = GPT(training.config)
     model.activation_checkpointing = training.checkpointing
-    optimizer = configure_optimizer(model, 1e-3, (0.9, 0.95), 0.1)
+    rates = 1e-3, (0.9, 0.95), 0.1
+    optimizer = configure_optimizer(model, *rates, training.optimizer, training.dtype)
 
     def update():
         for _ in range(2 if training.accumulates else 1):
@@ -52,8 +53,8 @@ def measured(training, batch):
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         top = max(top, live)
-    before = sum(b.nbytes for b in model.buffers()) + 12 * num_parameters(model)
-    return before + top
+    before = sum(b.nbytes for b in model.buffers()) + 4 * num_parameters(model)
+    return before + 4 * moments(optimizer.param_groups) + top
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,17 @@ def test_planned_memory_is_what_an_eager_update_takes(
     parts = memory.at_peak(training, batch)
     assert min(parts.values()) >= 0
     assert sum(parts.values()) == pytest.approx(measured(training, batch), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_planned_memory_with_muon(dtype, batch):
+    """One moment of the blocks' matrices, and room for its products where that is the peak."""
+    training = Training(replace(SIZE, vocab_size=64), dtype, "cpu", False, False, True, "muon")
+    parts = memory.at_peak(training, batch)
+    assert sum(parts.values()) == pytest.approx(measured(training, batch), rel=0.05)
+    adamw = memory.at_peak(replace(training, optimizer="adamw"), batch)
+    assert parts[memory.OPTIMIZER] < 0.6 * adamw[memory.OPTIMIZER]
 
 
 def test_planned_memory_where_the_vocabulary_is_most_of_it():

@@ -79,8 +79,9 @@ class Start:
                 f"{self.path} has {self.state.iter_num} updates already, more than "
                 f"max_iters={now['config']['max_iters']}; write a larger --max_iters to go on"
             )
-        updates = self.state.iter_num if self.path.suffix != listing.PARTS else 0  # not read yet
-        check_moments(self.saved["optimizer"], now["config"]["optimizer"], updates, self.path)
+        saved, unread = self.saved["optimizer"], self.path.suffix == listing.PARTS
+        updates = 0 if unread and not saved.get("state") else self.state.iter_num
+        check_moments(saved, now["config"]["optimizer"], updates, self.path)
         if different := changed(self.saved, now):
             say(f"WARNING  not the same run as before: {', '.join(different)}")
         return tok

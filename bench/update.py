@@ -1,4 +1,4 @@
-"""What an update costs: python bench/update.py --layers=4 --hidden=256 --dtype=bfloat16
+"""What an update costs: python bench/update.py --hidden=256 --dtype=bfloat16
 
 A step of AdamW and of Muon beside the micro-steps that come before it: seconds,
 in turn, operations as they are counted, and the memory of the moments.

@@ -119,12 +119,17 @@ def test_a_repository_with_one_pt_file_is_taken(hub, run, published, tmp_path):
     result = run("export.py", "--init_from=hf:me/original", "--out_dir=mine")
     assert result.returncode == 0 and "50257 gpt2 tokens" in result.stdout, result.stderr
     assert (tmp_path / "mine" / "hf" / "config.json").exists()
-    hub[0]["me/original"]["other.pt"] = published
+
+
+@pytest.mark.slow
+def test_several_pt_files_are_named(hub, run, published):
+    hub[0]["me/original"] = {"other.pt": published, "out/ckpt_best.pt": published}
     result = run("sample.py", "--init_from=hf:me/original")
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
     assert "2 .pt files (other.pt, out/ckpt_best.pt)" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_pt_file_beside_safetensors_is_left_alone(hub, run, tmp_path):
     case = CASES["Llama 2"]
     make_model(tmp_path / "model", case, case.make())

@@ -16,7 +16,13 @@ from formats import hf, pretrained
 from making.scoring import encode_pair
 from text.tokenizer import from_saved, get_tokenizer
 
+TEMPLATE = "chat_template.jinja"
 TEXT = "the cat sat on the mat and the dog sat on the log ."
+
+
+def slow(value):
+    """A case that takes long beside others of its kind."""
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def byte_level(*special, plain=()):
@@ -476,7 +482,10 @@ def cut_and_padded(tok):
     return tok
 
 
-@pytest.mark.parametrize("habit", [template, both_ends, in_a_sequence, roberta, cut_and_padded])
+@pytest.mark.parametrize(
+    "habit",
+    [template, cut_and_padded, *(slow(habit) for habit in (both_ends, in_a_sequence, roberta))],
+)
 def test_a_model_trained_here_is_exported_as_it_was_trained(script, tmp_path, habit, tiny_config):
     """With <s> before each text the loss through AutoTokenizer was another one than ours."""
     tok = habit(byte_level("<s>", "</s>"))
@@ -666,7 +675,7 @@ def test_nested_statements_survive_a_checkpoint(script, tmp_path, tiny_config):
 
 @pytest.mark.parametrize(
     "file",
-    ["tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja"],
+    ["tokenizer_config.json", *map(slow, ("generation_config.json", "config.json", TEMPLATE))],
 )
 def test_random_damage_to_what_is_stated_never_ends_in_a_traceback(script, tmp_path, file):
     """Whatever byte is wrong, the model is exported or one line tells."""

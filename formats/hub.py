@@ -1,5 +1,6 @@
 """Folders of Hugging Face's kind: one on this machine, or the Hub's cache's. Imports no torch."""
 
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,12 +22,19 @@ def find(name: str, patterns: Iterable[str]) -> Path:
         raise FileNotFoundError(f"there is no folder {name!r} (from the Hub: hf:USER/NAME)")
     from huggingface_hub import snapshot_download
 
+    # a repository of one .pt has none of the small files, which is no news for the user
+    logging.getLogger("huggingface_hub._snapshot_download").addFilter(tells_more)
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as e:  # the Hub's, the network's and the disk's errors have no common class
         raise OSError(
             f"there is no folder {name!r}, and the Hub did not give it: {named_reason(e)}"
         ) from e
+
+
+def tells_more(record: logging.LogRecord) -> bool:
+    """Whether a warning of the Hub's package says more than that a pattern has matched nothing."""
+    return not record.getMessage().startswith("No files matched")
 
 
 def listing(name: str, folder: Path) -> list[str]:

@@ -12,6 +12,8 @@ from formats.pack import gathered
 from run.parallel import part_of
 
 MOMENTUM = 0.95  # how much of the mean gradient an update keeps
+BETA2 = 0.95  # the same of the mean squares of an update's rows
+RMS = 0.2  # of an update's numbers before the rate: AdamW's (arXiv 2502.16982)
 # Polar Express (arXiv 2505.16932): each step makes a x + b x^3 + c x^5 of a singular value x, and
 # five of them bring all from 0.001 to 1 near 1. MARGIN is the paper's, for rounding.
 STEPS = (
@@ -44,10 +46,10 @@ def orthogonal(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.AdamW):
     """Muon (Keller Jordan, 2024) for the matrices inside the blocks, AdamW for what else there is.
 
-    A matrix's update is orthogonal(its gradient's running mean), times 0.2 sqrt(longer side), so
-    that its numbers are as large as AdamW's (arXiv 2502.16982): rate and decay mean the same for
-    both. Matrices of one shape are turned together, in `dtype`, float32 or bfloat16. A step spends
-    their gradients.
+    A matrix's update is orthogonal(its gradient's running mean), each row divided by the root of
+    its running mean square (NorMuon, arXiv 2510.05491). Its numbers are then made as large as
+    AdamW's, so that rate and decay mean the same for both. Matrices of one shape are turned
+    together, in `dtype`, float32 or bfloat16. A step spends their gradients.
     """
 
     def __init__(
@@ -79,16 +81,20 @@ class Muon(torch.optim.AdamW):
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                self.state[p]["row_squares"] = torch.zeros(p.size(0), device=p.device)
             mean, grad = self.state[p]["momentum_buffer"], cast(Tensor, p.grad)
             mean.lerp_(grad, 1 - group["momentum"])
             grad.lerp_(mean, group["momentum"])  # Nesterov's
         # gathered: a matrix can only be turned whole
         grads = torch.stack([gathered(cast(Tensor, p.grad).to(self.dtype)) for p in params])
-        scale = 0.2 * math.sqrt(max(params[0].shape))
-        for p, update in zip(params, orthogonal(grads), strict=True):
+        for p, turned in zip(params, orthogonal(grads), strict=True):
+            update, squares = turned.to(p.dtype), self.state[p]["row_squares"]
+            squares.lerp_(update.square().mean(1), 1 - BETA2)
+            update = update / (squares.sqrt() + 1e-8)[:, None]
+            update *= RMS * math.sqrt(p.numel()) / (update.norm() + 1e-8)
             p.grad = None
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(part_of(p, update.to(p.dtype)), alpha=-group["lr"] * scale)
+            p.add_(part_of(p, update), alpha=-group["lr"])
 
 
 def batches(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:

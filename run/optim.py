@@ -1,7 +1,7 @@
 """The optimizer, and the learning rate of each update."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,15 +104,17 @@ def set_hyperparameters(
         group.update(weight_decay=weight_decay if decays else 0.0, betas=betas)
 
 
-def names_of(group: Mapping[str, Any]) -> set[str]:
-    """The names of what an optimizer keeps for each parameter of a group."""
-    return {"momentum_buffer"} if "momentum" in group else {"step", "exp_avg", "exp_avg_sq"}
+def state_of(group: Mapping[str, Any], shape: Sequence[int] = (1, 1)) -> dict[str, Sequence[int]]:
+    """What an optimizer keeps for a parameter of a group, by name, and its shape."""
+    if "momentum" in group:
+        return {"momentum_buffer": shape, "row_squares": shape[:1]}
+    return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
 
 
 def moments(groups: Iterable[Mapping[str, Any]]) -> int:
-    """The numbers that an optimizer of these groups keeps: two a parameter, Muon one."""
-    numbers = [(len(names_of(g) - {"step"}), p.numel()) for g in groups for p in g["params"]]
-    return sum(each * count for each, count in numbers)
+    """The numbers that an optimizer of these groups keeps: two a parameter, Muon one and a bit."""
+    states = [state_of(group, p.shape) for group in groups for p in group["params"]]
+    return sum(math.prod(shape) for state in states for shape in state.values() if len(shape))
 
 
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:

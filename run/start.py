@@ -15,7 +15,7 @@ from formats import checkpoint, listing, pretrained, rebuild
 from formats.pack import tensors_in
 from model import GPT, GPTConfig
 from run.log import say
-from run.optim import names_of
+from run.optim import state_of
 from run.parallel import share_optimizer
 from run.settings import changed
 from run.team import Team
@@ -134,14 +134,12 @@ def moments_fit(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> b
     numbers = [numbers_of(g) for g in groups]
     if numbers != [g["params"] for g in optimizer.state_dict()["param_groups"]]:
         return False
-    known = [
-        (p.shape, names_of(group)) for group in optimizer.param_groups for p in group["params"]
-    ]
+    known = [state_of(g, p.shape) for g in optimizer.param_groups for p in g["params"]]
     return set(states) <= set(range(len(known))) and all(
         isinstance(state, dict)
-        and set(state) == known[i][1]
+        and state.keys() == known[i].keys()
         and all(checkpoint.is_weight(k, v) for k, v in state.items())
-        and all(v.shape == (() if k == "step" else known[i][0]) for k, v in state.items())
+        and all(tuple(v.shape) == tuple(known[i][k]) for k, v in state.items())
         for i, state in states.items()
     )
 
@@ -237,7 +235,7 @@ def check_moments(saved: Mapping[str, Any], name: str, updates: int, path: Path)
         if not isinstance(kept, dict) or not isinstance(groups, list):  # a tensor has a length, too
             raise TypeError
         theirs = "muon" if any("momentum" in group for group in groups) else "adamw"
-        names = {i: names_of(group) for group in groups for i in numbers_of(group) or []}
+        names = {i: {*state_of(group)} for group in groups for i in numbers_of(group) or []}
         fits = {i: set(m) for i, m in kept.items()} == (names if updates else {})
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
         theirs, fits = name, False

@@ -202,6 +202,9 @@ def gpu(monkeypatch):
     return seen
 
 
+FAKES = "torch._subclasses.fake_tensor"
+
+
 @contextlib.contextmanager
 def fake_cuda():
     """Fake tensors on "cuda", whose guard is the one of "meta", which does nothing."""
@@ -215,6 +218,8 @@ def fake_cuda():
             FakeTensorMode(allow_non_fake_inputs=True),
             mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
             mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
+            # the first fake tensor of torch 2.11 asks for the driver
+            mock.patch(f"{FAKES}.init_gpu_context", lambda *_: None, create=True),
         ):
             yield
     finally:

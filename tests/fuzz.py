@@ -376,15 +376,15 @@ def run_records():
     return [{"metrics.jsonl": b"".join(as_json(r) + b"\n" for r in rows)}]
 
 
-def state_of(model, tokenizer):
-    optimizer = optim.configure_optimizer(model, 1e-3, (0.9, 0.95), 0.1)
+def state_of(model, tokenizer, name="adamw"):
+    optimizer = optim.configure_optimizer(model, 1e-3, (0.9, 0.95), 0.1, name)
     x = torch.zeros(1, 4, dtype=torch.int64)
     model(x, x)[1].backward()
     optimizer.step()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = start.TrainState(iter_num=3)
     config = {"batch_size": 4, "init_from": "scratch", "eval_iters": 0, "eval_windows": 8}
-    config |= {"dataset": "x", "learning_rate": 1e-3}
+    config |= {"dataset": "x", "learning_rate": 1e-3, "optimizer": name}
     splits = {"train": {"tokens": 100, "documents": 2, "bytes": 99}}
     facts = {"config": config, "data": splits, "dtype": "torch.float32", "tokenizer": tokenizer}
     return start.contents(model, optimizer, scaler, state, facts)
@@ -396,9 +396,9 @@ def checkpoints():
     theirs = {"name": "tokenizer.json", "vocab_size": 290, "json": first.decode()}
     untied = GPTConfig(**{**vars(SIZE), "tie_word_embeddings": False, "attention_bias": True})
     found = []
-    for size, tokenizer in ((SIZE, ours), (untied, theirs)):
+    for size, tokenizer, name in ((SIZE, ours, "muon"), (untied, theirs, "adamw")):
         out = io.BytesIO()
-        torch.save(state_of(model_of(size), tokenizer), out)
+        torch.save(state_of(model_of(size), tokenizer, name), out)
         found.append({"ckpt_3.pt": out.getvalue()})
     return found
 
@@ -569,13 +569,16 @@ def read_checkpoint(folder):
     state = found.state
     assert isinstance(export.model_card("x", state, config, 5, found.tok, folder), str)
     begun = start.find_start("resume", folder, found.model.config, 4)
-    now = {"config": run_defaults(), "data": {}, "dtype": "torch.float32"}
+    config = found.state.get("config")
+    muon = isinstance(config, dict) and str(config.get("optimizer")) == "muon"
+    name = "muon" if muon else "adamw"
+    now = {"config": run_defaults() | {"optimizer": name}, "data": {}, "dtype": "torch.float32"}
     with contextlib.redirect_stdout(io.StringIO()):
         begun.check(found.model.config, found.tok, now, set())
     team = join(30)
     begun = begun.shared(team, False)
     model = begun.build(0)
-    optimizer = optim.configure_optimizer(model, 1e-3, (0.9, 0.95), 0.1)
+    optimizer = optim.configure_optimizer(model, 1e-3, (0.9, 0.95), 0.1, name)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     begun.restore(model, optimizer, scaler, team)
     optim.set_hyperparameters(optimizer, (0.9, 0.95), 0.1)

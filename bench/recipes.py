@@ -1,10 +1,11 @@
 """Tokens to the same loss: python bench/recipes.py --dataset=PATH
 
-The recipe of config/train_gpt_fast.py stands against two baselines, at three
-small sizes: the reference's own hyperparameters with its rate scaled to the
-width, and the best AdamW of a sweep. Each run is one of train.py. Stopped, the
-bench goes on where it was; a finished run leaves its curve in `curves`, a small
-JSON file, and is not made again. The table and the picture are made of those.
+A recipe (Muon, QK norm, a stable rate that falls in a line at the end) stands
+against two baselines, at three small sizes: the reference's own hyperparameters
+with its rate scaled to the width, and the best AdamW of a sweep. Each run is
+one of train.py. Stopped, the bench goes on where it was; a finished run leaves
+its curve in `curves`, a small JSON file, and is not made again. The table and
+the picture are made of those.
 """
 
 import sys
@@ -125,7 +126,7 @@ def adamw(size: Size, values: Sequence[float]) -> Settings:
 
 
 def recipe(size: Size) -> Settings:
-    """The recipe of config/train_gpt_fast.py, its rate by the width."""
+    """The recipe, its rate by the width."""
     rate = RECIPE_RATE * math.sqrt(REFERENCE_WIDTH / size.hidden)
     found = {"optimizer": "muon", "learning_rate": f"{rate:.3g}", "min_lr": 0.0, "qk_norm": True}
     return tuple({**found, "lr_schedule": "wsd", "decay_share": 0.5}.items())
@@ -266,7 +267,7 @@ def spread(numbers: Sequence[float], digits: int) -> str:
     return f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
 
 
-def finals(bench: Bench, size: Size, best: Values) -> dict[str, list[list[Run]]]:
+def finals(size: Size, best: Values, seeds: int) -> dict[str, list[list[Run]]]:
     """The runs to compare, by name: for each seed those of several lengths, the longest last."""
     ours = recipe(size)
     return {
@@ -338,7 +339,7 @@ def main() -> None:
         if only in ("", "adamw"):
             best = best_of(bench, size, best, names)
             names = ["rate"]  # the others are those of the smallest size
-        found[size] = finals(bench, size, best)
+        found[size] = finals(size, best, seeds)
         for name, several in found[size].items():
             if only in ("", name):
                 bench.losses([run for runs in several for run in runs])

@@ -42,12 +42,7 @@ NO_QUOTES = "a .tsv has no fields in quotes: name it .csv if this one has"
 AS_THEY_ARE = f".tsv read with the quotes around fields ({NO_QUOTES})"
 UTF8 = "read as UTF-8, which they are"
 EMPTY = "empty texts, each a document of end-of-text alone"
-SAID = (
-    UTF8,
-    AS_THEY_ARE,
-    EMPTY,
-    splits.MAY_SAY,
-)  # what notes begin with that tell of nothing left out
+SAID = (UTF8, AS_THEY_ARE, EMPTY, splits.MAY_SAY)  # notes that begin so: nothing is left out
 ROWS = "files of rows in archives"  # of a note that tells that a column was asked for
 
 # What a reader yields: a text, a text in blocks (a long file), damage, or a note.

@@ -105,8 +105,9 @@ def check_separator(name: str, found: Source, reading: Reading) -> None:
     """
     here = [(p, f) for p in found.parts for f in p.files if not p.repo]
     if not reading.separator:
-        heads = itertools.chain.from_iterable(text_heads(p, f, reading) for p, f in here)
-        for where, text in itertools.islice(heads, FILES):
+        texts = itertools.chain.from_iterable(texts_in(p, f, reading) for p, f in here)
+        for where, blocks in itertools.islice(texts, FILES):
+            text = next(blocks, "")[:LOOKED_AT]
             if mark := next((m for m in EOT_NAMES if m in text), None):
                 print(
                     f"{where} has {mark} in its text, which is read as letters: "
@@ -118,7 +119,7 @@ def check_separator(name: str, found: Source, reading: Reading) -> None:
     seen = 0
     for part, file in files:
         rest = ""
-        for block in blocks(part, file, reading):
+        for block in itertools.chain.from_iterable(b for _, b in texts_in(part, file, reading)):
             if reading.separator in rest + block:
                 return
             rest = block[-len(reading.separator) :]
@@ -141,13 +142,16 @@ def no_separator(name: str, reading: Reading) -> ValueError:
     )
 
 
-def text_heads(part: Part, file: str, reading: Reading) -> Iterator[tuple[str, str]]:
-    """Name and beginning of the text files among a file, or among the first of an archive."""
+def texts_in(part: Part, file: str, reading: Reading) -> Iterator[tuple[str, Iterator[str]]]:
+    """Name and text in blocks of a text file, or of those among the first of an archive.
+
+    As far as they can be read.
+    """
     whole = Reading(encoding=reading.encoding)
     for where, f in streams(file):
         if content(where) == "text":
-            head = strings(stream_documents(f, where, whole, part.start, part.end))
-            yield where, "".join(until_damage(itertools.islice(head, 1)))[:LOOKED_AT]
+            found = stream_documents(f, where, whole, part.start, part.end)
+            yield where, until_damage(strings(found))
 
 
 def streams(file: str) -> Iterator[tuple[str, io.BufferedIOBase]]:
@@ -179,13 +183,6 @@ def until_damage(texts: Iterator[str]) -> Iterator[str]:
         yield from texts
     except DAMAGE:  # said when it is read in earnest
         return
-
-
-def blocks(part: Part, file: str, reading: Reading) -> Iterator[str]:
-    """The text of a file in blocks, as far as it can be read."""
-    whole = Reading(encoding=reading.encoding)
-    for where, f in streams(file):
-        yield from until_damage(strings(stream_documents(f, where, whole, part.start, part.end)))
 
 
 def strings(documents: Iterator[Document]) -> Iterator[str]:

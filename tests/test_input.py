@@ -585,6 +585,17 @@ def left_out(folder):
     return json.loads((folder / "meta.json").read_text(encoding="utf-8"))["left_out"]
 
 
+def check_parted(script, source, out, val):
+    """A source of the splits of PARTED is read by default, with --split and with --val_split."""
+    assert run(script, source, out / "a").code == 0
+    assert texts_in(out / "a") == sorted(PARTED["train"])
+    assert left_out(out / "a") == {"of split validation": 1, "of split test": 1}
+    assert run(script, source, out / "b", "--split=test").code == 0
+    assert texts_in(out / "b") == sorted(PARTED["test"])
+    assert run(script, source, out / "c", f"--val_split={val}").code == 0
+    assert documents(out / "c", "val") == PARTED["validation"]
+
+
 @pytest.mark.parametrize(
     "name", ["my_training_data.zip", "train_test_valid.tar", "training.tar.gz", "eval.zip", "x.tar"]
 )
@@ -592,14 +603,8 @@ def test_the_splits_in_an_archive_count_before_its_own_name(script, tmp_path, na
     members = parted(train="train.jsonl", validation="valid.jsonl", test="test.jsonl")
     path = tmp_path / name
     path.write_bytes(ARCHIVES[name[name.index(".") :]](members))
-    assert run(script, path, tmp_path / "a").code == 0
-    assert texts_in(tmp_path / "a") == sorted(PARTED["train"])
-    assert left_out(tmp_path / "a") == {"of split validation": 1, "of split test": 1}
-    assert run(script, path, tmp_path / "b", "--split=test").code == 0
-    assert texts_in(tmp_path / "b") == sorted(PARTED["test"])
-    assert run(script, path, tmp_path / "c", "--val_split=dev").code == 0
+    check_parted(script, path, tmp_path, "dev")
     assert documents(tmp_path / "c", "train") == PARTED["train"]
-    assert documents(tmp_path / "c", "val") == PARTED["validation"]
     assert left_out(tmp_path / "c") == {"of split test": 1}
     refused(run(script, path, tmp_path / "d", "--split=no"), "'no'", "test, train, validation")
     refused(run(script, path, tmp_path / "d", "--val_split=no"), "'no'", "test, train, validation")
@@ -633,13 +638,7 @@ def test_splits_one_level_down(script, tmp_path):
     (src / "all.tar").write_bytes(tar_of(tars))
     for source in (src, src / "all.tar"):
         out = tmp_path / f"of_{source.name}"
-        assert run(script, source, out / "a").code == 0
-        assert texts_in(out / "a") == sorted(PARTED["train"])
-        assert left_out(out / "a") == {"of split validation": 1, "of split test": 1}
-        assert run(script, source, out / "b", "--split=test").code == 0
-        assert texts_in(out / "b") == sorted(PARTED["test"])
-        assert run(script, source, out / "c", "--val_split=validation").code == 0
-        assert documents(out / "c", "val") == PARTED["validation"]
+        check_parted(script, source, out, "validation")
         refused(run(script, source, out / "d", "--val_split=no"), "'no'", "validation")
 
 

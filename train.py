@@ -88,6 +88,7 @@ mlp_bias = False  # biases in the MLP
 optimizer = "adamw"  # adamw, or muon: for the matrices inside the blocks, AdamW for the rest
 max_iters = 15000  # updates of the whole run, those before a resume included
 learning_rate = 3.2e-4  # the peak
+muon_lr = 0.0  # the peak of the matrices that Muon updates; 0 = learning_rate
 min_lr = 3.2e-5  # where the rate ends; a tenth of the peak
 warmup_iters = 800  # updates of a linear rise to the peak
 lr_schedule = "cosine"  # cosine, or wsd: the peak stays, and the last updates fall in a line
@@ -208,7 +209,7 @@ def main() -> None:
         net = model if team.alone else replicate(model)
     kernel = choose_attention(model, machine.dtype)
     rates = learning_rate, (beta1, beta2), weight_decay
-    optimizer = optim.configure_optimizer(model, *rates, name, machine.dtype)
+    optimizer = optim.configure_optimizer(model, *rates, name, machine.dtype, muon_lr)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     start.restore(model, optimizer, scaler, team)
     schedule = optim.make_schedule(

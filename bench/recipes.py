@@ -51,7 +51,8 @@ png = ""  # also draw the curves into this file
 
 CONTEXT, WINDOWS = 256, 32  # 8,192 tokens an update
 REFERENCE_RATE, REFERENCE_WIDTH = 3.2e-4, 1024
-RECIPE_RATE = 1.8e-3  # at that width
+RECIPE_RATE = 2.5e-3  # at that width; by one over the width, as the reference's is scaled here
+MUON_RATE = 1.8e-3  # at that width; by one over its root
 WARMUP = 0.053  # of the updates, as the reference's 800 of 15,000
 PARTS = (0.4, 0.6, 1.0)  # of the tokens that the recipe is given, each with its whole schedule
 POINTS = 20  # of a curve
@@ -126,9 +127,10 @@ def adamw(size: Size, values: Sequence[float]) -> Settings:
 
 
 def recipe(size: Size) -> Settings:
-    """The recipe, its rate by the width."""
-    rate = RECIPE_RATE * math.sqrt(REFERENCE_WIDTH / size.hidden)
-    found = {"optimizer": "muon", "learning_rate": f"{rate:.3g}", "min_lr": 0.0, "qk_norm": True}
+    """The recipe, its rates by the width."""
+    times = REFERENCE_WIDTH / size.hidden
+    found: dict[str, Any] = {"optimizer": "muon", "learning_rate": f"{RECIPE_RATE * times:.3g}"}
+    found |= {"muon_lr": f"{MUON_RATE * math.sqrt(times):.3g}", "min_lr": 0.0, "qk_norm": True}
     return tuple({**found, "lr_schedule": "wsd", "decay_share": 0.5}.items())
 
 

@@ -60,13 +60,18 @@ def configure_optimizer(
     weight_decay: float,
     name: str = "adamw",
     dtype: torch.dtype = torch.float32,
+    muon_lr: float = 0.0,
 ) -> torch.optim.AdamW:
     """AdamW, fused, or Muon, which takes the matrices inside the blocks and leaves it the rest.
 
     Weight decay is on tensors of 2 or more dimensions: no norms or biases. dtype: that of the run's
-    matrix products; Muon's are in float32 unless it is bfloat16.
+    matrix products; Muon's are in float32 unless it is bfloat16. muon_lr: the rate of its matrices
+    while that of the rest is `learning_rate`; 0 = the same.
     """
     groups = groups_of(model, name)
+    for group in groups:
+        own = muon_lr if "momentum" in group else 0.0
+        group["times"] = (own or learning_rate) / learning_rate
     if name == "muon":
         optimizer: torch.optim.AdamW = Muon(groups, learning_rate, betas, muon_dtype(dtype))
     else:
@@ -127,6 +132,6 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of the next update."""
+    """The learning rate of the next update; Muon's own rate rises and falls with it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["times"]

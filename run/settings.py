@@ -51,7 +51,7 @@ LEAST = {  # setting -> smallest value
 DECIDE = (
     *("dataset", "tokens_per_step", "seed", "max_iters", "dropout", "dtype"),
     *("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "decay_lr"),
-    *("optimizer", "lr_schedule", "decay_share"),
+    *("optimizer", "muon_lr", "lr_schedule", "decay_share"),
     *("weight_decay", "beta1", "beta2", "grad_clip", "deterministic"),
 )
 
@@ -68,6 +68,8 @@ def check(settings: Mapping[str, Any]) -> None:
             problems.append(f"{name} must be at least 0 and below 1, not {s[name]}")
     if not 0 < s["learning_rate"] < math.inf:
         problems.append(f"learning_rate must be positive, not {s['learning_rate']}")
+    if not 0 <= s["muon_lr"] < math.inf:
+        problems.append(f"muon_lr must be positive, or 0 for learning_rate, not {s['muon_lr']}")
     if s["decay_lr"] and s["min_lr"] > s["learning_rate"]:
         problems.append(f"min_lr ({s['min_lr']}) is above learning_rate ({s['learning_rate']})")
     if s["compile"].lower() not in ("auto", "true", "false"):
@@ -121,6 +123,8 @@ def idle(settings: Mapping[str, Any], in_team: bool) -> Iterator[tuple[str, list
         yield "with decay_lr=False, which keeps the peak", names
     elif s["lr_schedule"] == "cosine":
         yield "with lr_schedule=cosine, which falls from the warm-up on", ["decay_share"]
+    if s["optimizer"] == "adamw":
+        yield "with optimizer=adamw", ["muon_lr"]
     if s["eval_iters"]:
         yield f"with eval_iters={s['eval_iters']}, which counts in batches", ["eval_windows"]
     if not s["wandb_log"]:

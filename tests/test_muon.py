@@ -10,7 +10,7 @@ from test_train import equal, records, weights
 from formats import checkpoint
 from model import GPT, GPTConfig, num_parameters
 from run import muon
-from run.optim import configure_optimizer, groups_of, moments
+from run.optim import configure_optimizer, groups_of, moments, set_rate
 
 SIZE = GPTConfig(
     vocab_size=96,
@@ -60,15 +60,16 @@ def test_a_matrix_is_turned_as_the_paper_does(shape):
     assert muon.orthogonal(torch.zeros(1, *shape)).eq(0).all()
 
 
-def reference(params, matrices, gradients):
+def reference(params, matrices, gradients, own):
     """The updates of NorMuon's paper and of AdamW, in float64, one matrix at a time."""
-    rate, (beta1, beta2), decay = RATES
+    peak, (beta1, beta2), decay = RATES
     params = {name: p.detach().double().clone() for name, p in params.items()}
     means = {name: torch.zeros_like(p) for name, p in params.items()}
     squares = {name: torch.zeros_like(p) for name, p in params.items()}
     for step, grads in enumerate(gradients, 1):
         for name, p in params.items():
             g = grads[name].double()
+            rate = (own if name in matrices else peak) / step
             if p.dim() >= 2:
                 p *= 1 - rate * decay
             if name in matrices:
@@ -86,8 +87,8 @@ def reference(params, matrices, gradients):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("at_once", [2**25, 3000, 1])
-def test_updates_are_those_of_a_plain_reference(monkeypatch, tied, at_once):
+@pytest.mark.parametrize(("at_once", "own"), [(2**25, 0.0), (3000, 3e-3), (1, 0.0)])
+def test_updates_are_those_of_a_plain_reference(monkeypatch, tied, at_once, own):
     monkeypatch.setattr(muon, "AT_ONCE", at_once)
     torch.manual_seed(1)
     model = GPT(replace(SIZE, tie_word_embeddings=tied))
@@ -95,11 +96,12 @@ def test_updates_are_those_of_a_plain_reference(monkeypatch, tied, at_once):
     matrices = {n for n, p in params.items() if n.startswith("layers") and p.dim() == 2}
     assert len(matrices) == 7 * 3
     gradients = [{n: torch.randn_like(p) for n, p in params.items()} for _ in range(4)]
-    want = reference(params, matrices, gradients)
-    optimizer = configure_optimizer(model, *RATES, "muon")
-    for grads in gradients:
+    want = reference(params, matrices, gradients, own or RATES[0])
+    optimizer = configure_optimizer(model, *RATES, "muon", muon_lr=own)
+    for step, grads in enumerate(gradients, 1):
         for name, p in params.items():
             p.grad = grads[name].clone()
+        set_rate(optimizer, RATES[0] / step)
         optimizer.step()
         assert all(params[n].grad is None for n in matrices), "spent"
         optimizer.zero_grad(set_to_none=True)

@@ -235,6 +235,7 @@ BRANCHES = {
     "train.py": [
         (["--decay_lr=False"], "min_lr warmup_iters lr_schedule lr_decay_iters decay_share"),
         (["--lr_schedule=cosine"], "decay_share"),
+        (["--optimizer=adamw"], "muon_lr"),
         (["--eval_iters=3"], "eval_windows"),
         (["--wandb_log=False"], "wandb_project wandb_run_name"),
         (["--dry_run=False"], "world_size"),
@@ -293,7 +294,7 @@ def test_a_flag_without_effect_is_refused(script, folder, monkeypatch, name, fla
         return
     others = [flag for k, flag in typed.items() if k not in chosen and k not in without.split()]
     if name == "train.py":
-        names = {"wandb_project", "wandb_run_name", "world_size", "decay_share"}
+        names = {"wandb_project", "wandb_run_name", "world_size", "decay_share", "muon_lr"}
         names |= {"parallel", "sharded_checkpoints"}
         others = [flag for flag in others if flag[2:].partition("=")[0] not in names]
         others += ["--device=nowhere"]
@@ -357,7 +358,7 @@ def test_what_a_branch_does_not_read_is_refused(
 def test_in_a_plan_the_runs_flags_are_not_refused():
     s = settings("train.py") | {"dry_run": True, "parallel": "fsdp", "sharded_checkpoints": True}
     refused = {name for _, names in idle(s, in_team=False) for name in names}
-    assert refused == {"wandb_project", "wandb_run_name", "decay_share"}
+    assert refused == {"wandb_project", "wandb_run_name", "decay_share", "muon_lr"}
     s |= {"dry_run": False}
     assert "parallel" in {n for _, names in idle(s, in_team=False) for n in names}
     assert "parallel" not in {n for _, names in idle(s, in_team=True) for n in names}

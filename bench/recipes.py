@@ -74,7 +74,8 @@ class Size:
     @property
     def name(self) -> str:
         """Millions of parameters in the blocks, rounded."""
-        return f"{10 * self.layers * self.hidden**2 / 1e6:.1f}M"
+        per_layer = 2 * (1 + self.kv_heads / self.heads) + 3 * 2.5  # times hidden^2
+        return f"{per_layer * self.layers * self.hidden**2 / 1e6:.1f}M"
 
     def flags(self) -> dict[str, Any]:
         """The settings of train.py that make it."""
@@ -84,15 +85,15 @@ class Size:
             "intermediate_size": self.hidden * 5 // 2,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
-            "head_dim": 32,
+            "head_dim": self.hidden // self.heads,
             "max_position_embeddings": CONTEXT,
         }
 
 
 SIZES = {  # 20, 10 and 5 tokens for each parameter in the blocks
-    "0.5": Size(128, 3, 4, 1, 9_830_400),
-    "1.5": Size(192, 4, 6, 2, 14_745_600),
-    "4": Size(256, 6, 8, 2, 19_660_800),
+    "0.5": Size(128, 3, 2, 1, 9_830_400),
+    "1.5": Size(192, 4, 3, 1, 14_745_600),
+    "4": Size(256, 6, 4, 1, 19_660_800),
 }
 
 
@@ -152,7 +153,7 @@ def flags_of(run: Run, folder: Path, data: Path, share: float) -> list[str]:
         "max_iters": updates,
         "warmup_iters": round(WARMUP * updates),
         "eval_interval": max(1, updates // POINTS),
-        "eval_windows": 768,
+        "eval_windows": 512,
         "checkpoint_minutes": 5,
         "keep_last": 1,
     }

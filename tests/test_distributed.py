@@ -400,7 +400,7 @@ def test_a_file_resumed_in_parts(on_two, flags, tmp_path):
 @pytest.mark.parametrize(("ranks", "more"), [(2, []), (3, ["--parallel=fsdp"]), (2, SHARDED)])
 def test_muon_on_ranks_and_shards_makes_the_same_run(flags, tmp_path, ranks, more):
     """Ranks turn whole matrices. From 30 updates on again, in one process: moments come back."""
-    flags = [*flags, "--optimizer=muon", "--lr_schedule=wsd", "--decay_share=0.5"]
+    flags = [*flags, "--optimizer=muon", "--muon_lr=2e-3", "--lr_schedule=wsd", "--decay_share=0.5"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     command = [sys.executable, str(ROOT / "train.py"), *flags, f"--out_dir={whole}"]
     subprocess.run(command, check=True, capture_output=True)

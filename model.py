@@ -89,7 +89,7 @@ def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tenso
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn queries or keys by their positions. x (B, n, T, hd), cos and sin (T, hd); shape of x."""
+    """Turn queries or keys by their positions. x (B, T, n, hd), cos and sin (T, 1, hd); as x."""
     half = x.size(-1) // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos + turned * sin
@@ -111,7 +111,7 @@ class KVCache:
 class Positions(NamedTuple):
     """Where the tokens of a call stand: what all layers are told beside x."""
 
-    cos: Tensor  # rotary tables of the T positions, (T, hd), or (B, 1, T, hd)
+    cos: Tensor  # rotary tables of the T positions, (T, 1, hd), or (B, T, 1, hd)
     sin: Tensor
     cache: KVCache | None = None  # then the new keys and values are stored in it
     slots: Tensor | None = None  # at these of its S positions, (T,)
@@ -162,12 +162,12 @@ class Attention(nn.Module):
         With a cache a prompt (T > 1) looks at itself; a single token looks at the whole cache.
         """
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, hd)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nkv, T, hd)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, nh, hd)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, nkv, hd)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nkv, T, hd)
-        q, k = self.q_norm(q), self.k_norm(k)
         cos, sin, mask, cache = at.cos.to(q.dtype), at.sin.to(q.dtype), at.mask, at.cache
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q = apply_rope(q, cos, sin).transpose(1, 2)  # (B, nh, T, hd), of q read once
+        k = apply_rope(k, cos, sin).transpose(1, 2)  # (B, nkv, T, hd)
         if cache is not None and at.slots is not None:
             cache.keys[self.layer].index_copy_(2, at.slots, k)
             cache.values[self.layer].index_copy_(2, at.slots, v)
@@ -241,7 +241,9 @@ class CrossEntropy(torch.autograd.Function):
         """
         counts, targets = targets != IGNORE_INDEX, targets.clamp(min=0)
         if torch.compiler.is_compiling():
-            lse = logits.float().logsumexp(1)
+            # logsumexp in steps that the compiler joins to one reading of the logits
+            top = logits.float().amax(1, keepdim=True)
+            lse = (top + (logits.float() - top).exp().sum(1, keepdim=True).log())[:, 0]
         else:
             ctx.rows = max(1, LOSS_CHUNK * (1 if logits.is_cpu else 64) // logits.size(1))
             starts = range(0, len(logits), ctx.rows)
@@ -314,7 +316,7 @@ class GPT(nn.Module):
         if T > context:
             raise ValueError(f"{T} tokens do not fit in a context of {context}")
         x = F.dropout(self.embed_tokens(idx), self.config.dropout, self.training)
-        x = self.walk(x, Positions(self.cos[:T], self.sin[:T]))
+        x = self.walk(x, Positions(self.cos[:T, None], self.sin[:T, None]))
         if targets is None:
             logits: Tensor = self.lm_head(self.norm(x[:, -1:]))
             return logits, None
@@ -325,8 +327,9 @@ class GPT(nn.Module):
         return None if loss_only else logits.detach(), loss
 
     def at(self, slots: Tensor, cache: KVCache | None, mask: Tensor | None) -> Positions:
-        """The positions `slots`, any shape that ends in T, for `walk`."""
-        return Positions(self.cos[slots], self.sin[slots], cache, slots, mask)
+        """The positions `slots`, (T,) or (B, T), for `walk`."""
+        cos, sin = self.cos[slots].unsqueeze(-2), self.sin[slots].unsqueeze(-2)
+        return Positions(cos, sin, cache, slots, mask)
 
     def walk(self, x: Tensor, at: Positions) -> Tensor:
         """Through all layers, x (B, T, C) -> (B, T, C)."""

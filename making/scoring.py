@@ -128,7 +128,7 @@ def hidden_states(model: Model, ids: Tensor, positions: Tensor, segments: Tensor
         before = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool, device=ids.device).tril()
         seen, looking = segments[:, None, :], segments[:, :, None]
         mask = (((seen == 0) | (seen == looking)) & before)[:, None]  # (B, 1, T, T)
-    at = model.at(positions[:, None], None, mask)  # tables (B, 1, T, hd)
+    at = model.at(positions, None, mask)  # tables (B, T, 1, hd)
     states: Tensor = model.norm(model.walk(model.embed_tokens(ids), at))
     return states
 

@@ -523,7 +523,7 @@ def main() -> None:
         raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
     name = tokenizer
     if name == "auto":
-        name = "bytes" if source == "stdlib" else "gpt2"
+        name = "train:1024" if source == "stdlib" else "gpt2"
     if name in NAMES or name.startswith("train:"):
         refuse(f"with --tokenizer={name}, whose end-of-text is its own", "eot")
     work = out / "parts"

@@ -161,7 +161,8 @@ def test_the_embedded_corpus(script, tmp_path):
     result = script("data/prepare.py", "--source=stdlib", f"--dataset={out}")
     assert result.code == 0, result.err
     meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-    assert meta["tokenizer"] == "bytes" and meta["splits"]["val"]["documents"] > 100
+    assert meta["tokenizer"] == "tokenizer.json" and meta["splits"]["val"]["documents"] > 100
+    assert meta["vocab_size"] == 1024
     assert 1_400_000 < meta["splits"]["train"]["bytes"] < 4_000_000
     texts = documents(out, "train")
     assert len(set(texts)) == len(texts), "no document twice"

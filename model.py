@@ -162,8 +162,8 @@ class Attention(nn.Module):
         With a cache a prompt (T > 1) looks at itself; a single token looks at the whole cache.
         """
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, nh, hd)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, nkv, hd)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nkv, T, hd)
         cos, sin, mask, cache = at.cos.to(q.dtype), at.sin.to(q.dtype), at.mask, at.cache
         q = apply_rope(q, cos, sin).transpose(1, 2)  # (B, nh, T, hd), of q read once
@@ -241,8 +241,7 @@ class CrossEntropy(torch.autograd.Function):
         """
         counts, targets = targets != IGNORE_INDEX, targets.clamp(min=0)
         if torch.compiler.is_compiling():
-            # logsumexp in steps that the compiler joins to one reading of the logits
-            top = logits.float().amax(1, keepdim=True)
+            top = logits.float().amax(1, keepdim=True)  # in steps: the compiler reads logits once
             lse = (top + (logits.float() - top).exp().sum(1, keepdim=True).log())[:, 0]
         else:
             ctx.rows = max(1, LOSS_CHUNK * (1 if logits.is_cpu else 64) // logits.size(1))

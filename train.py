@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from configurator import configure, refuse, settings_of, typed, without
 from model import num_parameters
+from plan.fit import keeps_less
 from run import folder, optim, script
 from run.agreement import Agreement
 from run.cards import peak_flops
@@ -221,6 +222,7 @@ def main() -> None:
     saver = Saver(out, keep_last, milestone_interval, rank == 0, in_parts)
     agreement = Agreement(team, stop, saver)
     micro = MicroBatch(batch_size, windows, state, model, optimizer, agreement, sharded)
+    [micro.less] = team.any(keeps_less(settings, machine, micro))
     health = Health(state, skip_spike, max_skipped)
 
     # --- a line for each fact that the user may want to check
@@ -229,9 +231,8 @@ def main() -> None:
         f"data     {data}: {train_data.tokens:,} training tokens ({tok.name}), "
         f"{val_data.tokens:,} for validation"
     )
-    pieces, epochs = micro.line(context, ranks), order.epochs(max_iters)
-    what = f"{max_iters:,} updates of {tokens_per_step:,} tokens ({pieces})"
-    say(f"run      {what}, {epochs:.2f} epochs, seed {seed}")
+    what = f"{max_iters:,} updates of {tokens_per_step:,} tokens ({micro.line(context, ranks)})"
+    say(f"run      {what}, {order.epochs(max_iters):.2f} epochs, seed {seed}")
     if not state.micro_batch and micro.size < batch_size:
         say(f"run      batch_size={micro.size}, which divides the {windows} windows of a rank")
     if decay_lr and schedule.warmup < warmup_iters:
@@ -256,9 +257,8 @@ def main() -> None:
     state.wandb_run_id = wandb.run_id
     if wandb.problem:
         say(wandb.problem)
-    peak = (peak_flops(machine.device, machine.dtype) or 0) * ranks
     log = Log(out, rank, wandb, state.iter_num, max_iters, log_interval, curve)
-    log.measure(tokens_per_step, flops, peak)
+    log.measure(tokens_per_step, flops, ranks * (peak_flops(machine.device, machine.dtype) or 0))
     origin = settings | {"init_from": start.origin}
     facts = now | {"config": origin, "tokenizer": tok.saved()}  # of every checkpoint
     saver.begin(state.iter_num if start.resumed else -1, checkpoint_interval, checkpoint_minutes)

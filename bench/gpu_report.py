@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_probe import GIB
-from plan.report import RESERVE
+from plan.fit import RESERVE
 from text.files import whole
 
 # Figures in bytes, of which the table of memory is made

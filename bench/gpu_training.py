@@ -21,7 +21,7 @@ from bench.gpu_probe import GIB, Figures, Setup, card_of, device_of, emit, memor
 from bench.gpu_report import newest, read_report
 from configurator import overrides, settings_of
 from model import GPTConfig
-from plan import report
+from plan.fit import RESERVE, as_needed, largest_batch, peak, room_of
 from plan.memory import Training
 from run import folder, machine, saver, stop
 from run.records import read_records
@@ -187,6 +187,7 @@ def train_config(
         s["batch_size"] = batch_that_fits(training, windows, wanted, device)
     if s["batch_size"] != wanted:
         emit(f"batch_size {s['batch_size']} instead of {wanted}")
+    training = as_needed(training, s["batch_size"], windows, room_of(device))
     watch = Watch(device, hook)
     records, lines = run_train(s, watch)
     if not records:
@@ -201,8 +202,8 @@ def train_config(
     facts += [f"peak {f[k] / GIB:.2f} GiB" for k in ("peak",) if k in f]
     emit(*facts, checks=training_checks(f), **f)
     if fit:
-        planned = report.peak(training, s["batch_size"], windows)
-        emit(planned=planned, reserve=report.RESERVE[device.type])
+        planned = peak(training, s["batch_size"], windows)
+        emit(planned=planned, reserve=RESERVE[device.type])
         fits = not any(line.startswith("going on with") for line in lines)
         emit(checks={"fits": fits} | peak_check(f.get("peak"), planned, band))
     return f
@@ -218,14 +219,15 @@ def training_of(settings: Figures, device: torch.device, vocabulary: int) -> tup
         compiled=settings["compile"] == "True",
         checkpointing=settings["activation_checkpointing"],
         accumulates=True,
+        optimizer=settings["optimizer"],
     )
     return training, settings["tokens_per_step"] // config.max_position_embeddings
 
 
 def batch_that_fits(training: Training, windows: int, wanted: int, device: torch.device) -> int:
     """`wanted`, or on a small card as many windows at once as the plan gives it."""
-    room = (report.free_memory(device) or math.inf) - report.RESERVE[device.type]
-    return report.largest_batch(training, windows, room, wanted) if room < AMPLE else wanted
+    room = room_of(device) or math.inf
+    return largest_batch(training, windows, room, wanted) if room < AMPLE else wanted
 
 
 # --- what has to hold

@@ -17,7 +17,7 @@ import torch
 
 from bench.commands import run, started
 from bench.models import Shape, build
-from run import compiling, machine, script
+from run import machine, script
 from run.optim import configure_optimizer
 
 MODULE = "bench.trainers"  # this one, whatever it is called when it runs
@@ -47,7 +47,7 @@ class Trainer:
     def __init__(self, kind: Kind) -> None:
         if kind.name == "ours":  # as train.py has it
             machine.keep_freed_memory()
-            compiling.keep_less()
+            machine.keep_less()
         self.model, self.loss = build(kind.name, kind.shape.config)
         if hasattr(self.model, "configure_optimizers"):
             self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")

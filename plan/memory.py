@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from model import GPT, GPTConfig, num_parameters
-from run import compiling, machine, muon, optim
+from run import machine, muon, optim
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits and loss", "workspace")
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE = PARTS
@@ -50,6 +50,7 @@ class Training:
     checkpointing: bool  # of activations
     accumulates: bool  # gradients of earlier micro-steps are there
     optimizer: str = "adamw"
+    less: bool = True  # compiled, backward computes SwiGLU and norms again instead of keeping them
 
 
 def probe(config: GPTConfig) -> int:
@@ -233,7 +234,7 @@ def captured(training: Training) -> tuple[fx.Graph, fx.Graph]:
         decompositions=select_decomp_table,
     )
     torch._dynamo.reset()
-    compiling.keep_less()
+    machine.keep_less(training.less)
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # what is not fake are states of dropout
     with fake, V.set_fake_mode(fake), attention_of(training.device_type):
         model, x = fake_model(training)

@@ -4,9 +4,7 @@ Everything is computed but the time of a few steps, where the device is there an
 The lines say which is which.
 """
 
-import contextlib
 import datetime
-import os
 import shutil
 import statistics
 import time
@@ -18,16 +16,25 @@ from typing import Any
 import torch
 
 from model import GPT, num_parameters
-from plan import memory
+from plan import fit, memory
+from plan.fit import (
+    GIB,
+    as_needed,
+    divisors,
+    largest_batch,
+    peak,
+    smallest_change,
+    training_of,
+)
 from plan.memory import Training
 from run import cards
-from run.compiling import keep_less, why_not_compile, why_uncompiled
+from run.compiling import why_not_compile
 from run.cost import flops_per_token, model_line
 from run.curve import read_curve
 from run.folder import check_disk, disk_needed
 from run.gpu import unused_gpu
 from run.log import say
-from run.machine import Machine, autocast, select_device, select_dtype, tune
+from run.machine import Machine, autocast, keep_less, select_device, select_dtype, tune
 from run.microbatch import largest_divisor, windows_of_rank
 from run.optim import configure_optimizer, groups_of, moments
 from run.settings import check_folder, run_folder
@@ -36,10 +43,6 @@ from text.batches import TrainOrder
 from text.tokenizer import get_tokenizer
 from text.tokens import GPT2_VOCAB, TokenData, read_meta
 
-GIB = 2**30
-# Memory that is not in the graph, assumed and not measured. On a GPU: CUDA's context and kernels
-# (0.3 to 0.5 GiB), buffers inside kernels, the allocator's gaps. On a CPU: Python and torch.
-RESERVE = {"cuda": 1.0 * GIB, "mps": 1.0 * GIB, "cpu": 0.5 * GIB}
 CARD_SIZES = (24, 16, 12, 8)  # GiB, of consumer cards
 CPU_FLOPS = 1e11  # FLOP/s, the order of a few cores
 TIMING_S = 120.0  # steps are timed only when they are expected to take less
@@ -47,61 +50,6 @@ NODE = 8  # cards in one machine
 
 
 # ---------------------------------------------------------------- memory
-
-
-def divisors(n: int) -> list[int]:
-    """In rising order."""
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def peak(training: Training, batch: int, windows: int) -> float:
-    """Bytes at the peak of a step of so many windows, batch of them at a time."""
-    parts = memory.at_peak(replace(training, accumulates=batch < windows), batch)
-    return sum(parts.values())
-
-
-def largest_batch(training: Training, windows: int, room: float, most: int = 0) -> int:
-    """The largest micro-batch (of at most `most`) that divides a step's windows and fits in `room`.
-
-    0 when none does.
-    """
-    batches = [b for b in divisors(windows) if b <= (most or windows)]
-    return max((b for b in batches if peak(training, b, windows) <= room), default=0)
-
-
-def smallest_change(training: Training, batch: int, windows: int, room: float) -> str:
-    """What to type so that a run fits in `room` bytes; "" when it does as it is.
-
-    In this order: a smaller micro-batch, which changes nothing of the result, activation
-    checkpointing, which costs time, fewer layers, which are another model.
-    """
-    if peak(training, batch, windows) <= room:
-        return ""
-    if found := largest_batch(training, windows, room, batch):
-        return f"--batch_size={found}"
-    training, flags = replace(training, checkpointing=True), "--activation_checkpointing=True"
-    if found := largest_batch(training, windows, room, batch):
-        return f"{flags} --batch_size={found}"
-    for layers in range(training.config.num_hidden_layers - 1, 0, -1):
-        config = replace(training.config, num_hidden_layers=layers)
-        if peak(replace(training, config=config), 1, windows) <= room:
-            return f"{flags} --batch_size=1 --num_hidden_layers={layers}"
-    return "a smaller hidden_size, max_position_embeddings or vocabulary: not even one layer fits"
-
-
-def free_memory(device: torch.device) -> float | None:
-    """Bytes that a run on a device of this machine could use; None where nobody tells."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    if device.type == "mps":
-        return float(torch.mps.recommended_max_memory())
-    with contextlib.suppress(OSError, StopIteration):  # Linux
-        with open("/proc/meminfo", encoding="utf-8") as f:
-            line = next(line for line in f if line.startswith("MemAvailable"))
-        return float(line.split()[1]) * 1024
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # macOS: all there is
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return None
 
 
 def memory_lines(training: Training, batch: int, room: float | None, where: str) -> Iterator[str]:
@@ -118,8 +66,10 @@ def memory_lines(training: Training, batch: int, room: float | None, where: str)
     if room is None:
         yield f"  free memory of {where}: unknown"
         return
-    reserve = RESERVE[training.device_type]
+    reserve = fit.RESERVE[training.device_type]
     verdict = "fits" if sum(parts.values()) <= room else "DOES NOT FIT"
+    if verdict == "fits" and training.device_type == "cuda" and training.compiled and training.less:
+        verdict = "fits, as backward computes norms and SwiGLU again"
     yield (
         f"  {where}: {(room + reserve) / GIB:.2f} GiB, less {reserve / GIB:.1f} for what is not in "
         f"the graph (assumed): {verdict}"
@@ -129,7 +79,12 @@ def memory_lines(training: Training, batch: int, room: float | None, where: str)
 def card_lines(training: Training, windows: int) -> Iterator[str]:
     """Largest micro-batches on consumer cards, computed for the compiled graph in bfloat16."""
     plain = replace(
-        training, device_type="cuda", dtype=torch.bfloat16, compiled=True, checkpointing=False
+        training,
+        device_type="cuda",
+        dtype=torch.bfloat16,
+        compiled=True,
+        checkpointing=False,
+        less=True,
     )
     yield (
         f"cards    largest batch_size that fits and divides the step's {windows} windows "
@@ -137,7 +92,7 @@ def card_lines(training: Training, windows: int) -> Iterator[str]:
     )
     yield "  memory    as it is    with activation_checkpointing"
     for size in CARD_SIZES:
-        room = size * GIB - RESERVE["cuda"]
+        room = size * GIB - fit.RESERVE["cuda"]
         trainings = (plain, replace(plain, checkpointing=True))
         a, b = (largest_batch(t, windows, room) or "none" for t in trainings)
         yield f"  {size:>3} GB    {a:>8}    {b:>8}"
@@ -159,7 +114,7 @@ def timed_step(
     x = torch.randint(0, training.config.vocab_size, shape, device=device)
     context = autocast(device, training.dtype)
     if training.compiled:
-        keep_less()
+        keep_less(training.less)
         model.compile()
 
     def micro() -> None:
@@ -331,8 +286,9 @@ def plan(
         f"{micro_steps} micro-steps), {steps * tokens_per_step / 1e9:.3g} B tokens, "
         f"{flops:.3g} FLOP each"
     )
-    free = card.memory * GIB if card else free_memory(device)
-    room = None if free is None else free - RESERVE[training.device_type]
+    reserve = fit.RESERVE[training.device_type]
+    room = card.memory * GIB - reserve if card else fit.room_of(device)
+    training = as_needed(training, batch, windows, room)
     yield from memory_lines(training, batch, room, card.name if card else "free memory")
     yield from card_lines(training, windows)
     change = smallest_change(training, batch, windows, room) if room is not None else ""
@@ -353,7 +309,8 @@ def plan(
         how = f"computed from a guess; not timed: {'does not fit' if change else 'takes too long'}"
     yield from time_lines(step_s, tokens_per_step, flops, steps - done, how)
     if world_size > 1 and card:
-        yield from scaling_lines(training, batch, windows, flops, card, share, world_size)
+        less = replace(training, less=True)  # as FSDP does, and every card can
+        yield from scaling_lines(less, batch, windows, flops, card, share, world_size)
     if change:
         raise ValueError(f"the run does not fit in memory; the smallest change that fits: {change}")
 
@@ -389,15 +346,7 @@ def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
         empty = GPT(config)
     flops = flops_per_token(empty) * s["tokens_per_step"] * s["max_iters"]
     cannot = "" if card else why_not_compile(device)
-    training = Training(
-        config,
-        machine.dtype,
-        device.type,
-        compiled=not why_uncompiled(s["compile"], device, flops, cannot),
-        checkpointing=s["activation_checkpointing"],
-        accumulates=batch < windows,
-        optimizer=s["optimizer"],
-    )
+    training = training_of(s, config, machine, flops, batch < windows, cannot)
     say(model_line(empty))
     say(data_line(data, training, s["tokens_per_step"], s["max_iters"]))
     name = f"{card.name}, not here" if card else ""

@@ -9,7 +9,7 @@ import torch
 from model import GPT
 from run.agreement import Agreement, ShortElsewhere
 from run.log import say
-from run.machine import is_oom, release_memory
+from run.machine import is_oom, keep_less, release_memory
 from run.optim import moments
 from run.start import TrainState
 from text.files import reason
@@ -43,7 +43,8 @@ def largest_divisor(windows: int, most: int) -> int:
 class MicroBatch:
     """The windows that are computed together: `size` of them, `count` times an update.
 
-    When memory is short the size is halved, and the same piece of work is tried again.
+    When memory is short less is kept for backward, then the size is halved, and the same piece of
+    work is tried again.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class MicroBatch:
         optimizer: torch.optim.Optimizer,
         agreement: Agreement,
         sharded: bool = False,
+        less: bool = True,
     ) -> None:
         self.windows, self.size = windows, largest_divisor(windows, state.micro_batch or most)
         self.state, self.model, self.optimizer = state, model, optimizer
@@ -62,6 +64,7 @@ class MicroBatch:
         self.sharded = sharded  # ranks exchange weights in each micro-step
         self.device = model.embed_tokens.weight.device
         self.compiled = False
+        self.less = less  # compiled, backward computes again what it need not keep
 
     @property
     def count(self) -> int:
@@ -80,15 +83,20 @@ class MicroBatch:
             yield attempt
             if not attempt.short:
                 return
-            self.halve()
+            self.shrink()
 
-    def halve(self) -> None:
-        """Forget the try that failed, and take at most half as many windows from here on."""
+    def shrink(self) -> None:
+        """Forget the try that failed, and keep less for backward, or take half as many windows."""
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()  # it may have happened in an evaluation
         if self.compiled:
             torch.compiler.reset()  # graphs of the old size are of no use, and have a limit
         release_memory(self.device)
+        if self.compiled and not self.less:
+            self.less = True
+            keep_less()
+            say("going on with less kept for backward; same tokens")
+            return
         if self.size == 1:
             raise ValueError(
                 "out of memory with batch_size=1; use a smaller model or max_position_embeddings"

@@ -36,7 +36,7 @@ import sample
 from formats import pack
 from making import compiled, scoring
 from model import GPT, GPTConfig
-from plan import memory, report
+from plan import fit, memory, report
 from run import cards, compiling, machine, microbatch, team
 from run import script as scripts
 from run.gpu import missing_kernels, unused_gpu
@@ -308,7 +308,8 @@ def test_ids_are_widened_on_the_gpu_as_on_the_cpu(narrow, numpy):
 
 
 @enters("machine.select_dtype", "compiling.why_not_compile", "cards.peak_flops")
-@enters("machine.describe", "machine.tune", "machine.release_memory", "report.free_memory")
+@enters("machine.describe", "machine.tune", "machine.release_memory")
+@enters("fit.free_memory", "fit.room_of")
 def test_what_is_asked_of_a_card(gpu, monkeypatch):
     device = machine.select_device("auto")
     assert machine.select_dtype("auto", device)[0] == torch.bfloat16
@@ -316,7 +317,9 @@ def test_what_is_asked_of_a_card(gpu, monkeypatch):
     assert cards.peak_flops(device, torch.bfloat16) == 71e12
     assert cards.peak_flops(device, torch.float32) == 35.5e12, "TF32"
     assert machine.describe(device) == "NVIDIA GeForce RTX 3090, 24 GiB"
-    assert report.free_memory(device) == 23 * 2**30
+    assert fit.free_memory(device) == 23 * 2**30
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
+    assert fit.room_of(device) == 23 * 2**30, "less the reserve, and what the run holds"
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: object())
     assert compiling.why_not_compile(device) == ""
     machine.release_memory(device)
@@ -690,6 +693,17 @@ def test_short_of_memory_in_the_first_compiled_step(script, tiny, graphs, kind, 
     assert graphs.windows == [4, 2, 2]
 
 
+def test_short_of_memory_less_is_kept_before_windows_are_halved(script, tiny, graphs, monkeypatch):
+    """The first graph keeps all; the second, of as many windows, is another."""
+    graphs.error, graphs.above = SHORT["Triton"], 2
+    monkeypatch.setattr(fit, "keeps_less", lambda *_: False)
+    result = script("train.py", *tiny, "--compile=True", "--max_iters=3")
+    assert result.code == 0, result.err
+    kept = result.out.index("going on with less kept for backward; same tokens")
+    assert kept < result.out.index("going on with 2 x 4 micro-steps")
+    assert graphs.windows == [4, 4, 2, 2]
+
+
 def test_a_size_that_is_halved_later_is_compiled_once(script, tiny, graphs, monkeypatch):
     """For training and for evaluation, with numbers for sizes; graphs of the old size are gone.
 
@@ -979,6 +993,7 @@ def test_key_heads_are_copied_where_only_that_is_fused(monkeypatch):
 
 
 @enters("cards.find_card", "memory.attention_of", "compiling.why_uncompiled")
+@enters("report.memory_lines")
 def test_a_plan_for_cuda():
     """Traced as a GPU keeps it: the same with and without dropout, whose mask no kernel keeps."""
     training = memory.Training(SIZE, torch.bfloat16, "cuda", True, False, True)
@@ -988,6 +1003,23 @@ def test_a_plan_for_cuda():
     assert "fits" in lines[-1] and "1.0 for what is not in the graph" in lines[-1]
     assert compiling.why_uncompiled("auto", torch.device("cuda", 0), 1.0, "") == ""
     assert "short" in compiling.why_uncompiled("auto", torch.device("cpu"), 1.0, "")
+
+
+@enters("fit.keeps_less", "fit.as_needed")
+def test_a_run_keeps_what_its_card_has_room_for(gpu, monkeypatch):
+    """23 GiB are free, and no more is kept than 22 can hold."""
+    where = machine.Machine(torch.device("cuda", 0), torch.bfloat16, "")
+    monkeypatch.setattr(fit, "why_not_compile", lambda device: "")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    settings = {"compile": "auto", "activation_checkpointing": False, "optimizer": "adamw"}
+    micro = types.SimpleNamespace(model=types.SimpleNamespace(config=SIZE), sharded=False)
+    micro.size, micro.count, micro.windows = 4, 2, 8
+    for needed, less in ((22, False), (22.1, True)):
+        monkeypatch.setattr(fit, "peak", lambda *_, needed=needed: needed * fit.GIB)  # or it traces
+        assert fit.keeps_less(settings, where, micro) is less
+        micro.sharded = True
+        assert fit.keeps_less(settings, where, micro), "nobody computes what ranks share"
+        micro.sharded = False
 
 
 @enters("report.timed_step.seconds", "report.plan")

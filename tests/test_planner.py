@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from model import GPT, GPTConfig, num_parameters
-from plan import memory, report
+from plan import fit, memory, report
 from plan.memory import Training
 from run import cards, machine
 from run.optim import configure_optimizer, moments
@@ -114,18 +114,18 @@ def test_memory_grows_with_batch_and_never_with_checkpointing():
 
 def test_the_smallest_change_that_fits():
     training = Training(SIZE, torch.float32, "cpu", False, False, True)
-    full = report.peak(training, 8, 24)
-    assert report.smallest_change(training, 8, 24, full) == ""
-    assert report.smallest_change(training, 8, 24, full - 1) == "--batch_size=6"
-    one = report.peak(training, 1, 24)
-    change = report.smallest_change(training, 8, 24, one - 1)
+    full = fit.peak(training, 8, 24)
+    assert fit.smallest_change(training, 8, 24, full) == ""
+    assert fit.smallest_change(training, 8, 24, full - 1) == "--batch_size=6"
+    one = fit.peak(training, 1, 24)
+    change = fit.smallest_change(training, 8, 24, one - 1)
     assert change.startswith("--activation_checkpointing=True --batch_size=")
     assert "num_hidden_layers" not in change
-    least = report.peak(replace(training, checkpointing=True), 1, 24)
-    less = report.smallest_change(training, 8, 24, least - 1)
+    least = fit.peak(replace(training, checkpointing=True), 1, 24)
+    less = fit.smallest_change(training, 8, 24, least - 1)
     assert "--num_hidden_layers=" in less
-    assert "smaller hidden_size" in report.smallest_change(training, 8, 24, 1000)
-    assert report.peak(training, 8, 24) == full  # asking changes no answer
+    assert "smaller hidden_size" in fit.smallest_change(training, 8, 24, 1000)
+    assert fit.peak(training, 8, 24) == full  # asking changes no answer
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_dry_run_without_data_for_a_card_that_is_not_here(script, tmp_path):
 
 
 def test_a_dry_run_that_does_not_fit_says_what_does(script, tmp_path, monkeypatch):
-    room = report.peak(Training(DRY, torch.bfloat16, "cuda", False, False, True), 2, 16)
-    monkeypatch.setattr(report, "RESERVE", {"cuda": 24 * report.GIB - room})
+    room = fit.peak(Training(DRY, torch.bfloat16, "cuda", False, False, True), 2, 16)
+    monkeypatch.setattr(fit, "RESERVE", {"cuda": 24 * fit.GIB - room})
     args = [*DRY_RUN, f"--dataset={tmp_path}/none", f"--out_dir={tmp_path}/out", "--device=RTX3090"]
     seen = script("train.py", *args)
     assert seen.code == 1
@@ -240,3 +240,15 @@ def test_a_plan_of_a_resumed_run_is_for_what_is_left(script, tiny):
     assert "50% of 35.5, a guess, and more than so small a model reaches" in result.out
     result = script("train.py", *flags, "--init_from=scratch", "--dtype=bfloat16", "--world_size=2")
     assert "hours for 12 updates" in result.out and "each at 50% of 71 TFLOP/s" in result.out
+
+
+def test_a_card_with_the_memory_keeps_all_for_backward():
+    """The faster way, where it fits; never on a CPU, uncompiled, or where nobody knows the room."""
+    training = Training(DRY, torch.bfloat16, "cuda", True, False, True)
+    whole = fit.peak(replace(training, less=False), 2, 16)
+    assert whole > fit.peak(training, 2, 16)
+    assert not fit.as_needed(training, 2, 16, whole).less
+    assert fit.as_needed(training, 2, 16, whole - 1).less
+    assert fit.as_needed(training, 2, 16, None).less
+    assert fit.as_needed(replace(training, compiled=False), 2, 16, whole).less
+    assert fit.as_needed(replace(training, device_type="cpu"), 2, 16, whole).less

@@ -131,10 +131,11 @@ def planted_inf(at):
 def planned(size, dtype, compiled, checkpointing, batch, windows):
     """Bytes of a GPU at the peak of an update of so many windows, batch of them at a time."""
     from model import GPTConfig
-    from plan import report
+    from plan import fit
 
-    training = report.Training(GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True)
-    return report.peak(training, batch, windows)
+    training = fit.Training(GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True)
+    room = fit.room_of(torch.device("cuda", torch.cuda.current_device()))
+    return fit.peak(fit.as_needed(training, batch, windows, room), batch, windows)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,127 @@
+"""What fits in a device's memory: how many windows at once, and whether backward computes again.
+
+Everything is computed from the graph (plan/memory.py) but the reserve, which is assumed.
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from model import GPTConfig
+from plan import memory
+from plan.memory import Training
+from run.compiling import why_not_compile, why_uncompiled
+from run.machine import Machine
+from run.microbatch import MicroBatch
+
+GIB = 2**30
+# Memory that is not in the graph, assumed and not measured. On a GPU: CUDA's context and kernels
+# (0.3 to 0.5 GiB), buffers inside kernels, the allocator's gaps. On a CPU: Python and torch.
+RESERVE = {"cuda": 1.0 * GIB, "mps": 1.0 * GIB, "cpu": 0.5 * GIB}
+
+
+def divisors(n: int) -> list[int]:
+    """In rising order."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def peak(training: Training, batch: int, windows: int) -> float:
+    """Bytes at the peak of a step of so many windows, batch of them at a time."""
+    parts = memory.at_peak(replace(training, accumulates=batch < windows), batch)
+    return sum(parts.values())
+
+
+def largest_batch(training: Training, windows: int, room: float, most: int = 0) -> int:
+    """The largest micro-batch (of at most `most`) that divides a step's windows and fits in `room`.
+
+    0 when none does.
+    """
+    batches = [b for b in divisors(windows) if b <= (most or windows)]
+    return max((b for b in batches if peak(training, b, windows) <= room), default=0)
+
+
+def smallest_change(training: Training, batch: int, windows: int, room: float) -> str:
+    """What to type so that a run fits in `room` bytes; "" when it does as it is.
+
+    In this order: a smaller micro-batch, which changes nothing of the result, activation
+    checkpointing, which costs time, fewer layers, which are another model.
+    """
+    if peak(training, batch, windows) <= room:
+        return ""
+    if found := largest_batch(training, windows, room, batch):
+        return f"--batch_size={found}"
+    training, flags = replace(training, checkpointing=True), "--activation_checkpointing=True"
+    if found := largest_batch(training, windows, room, batch):
+        return f"{flags} --batch_size={found}"
+    for layers in range(training.config.num_hidden_layers - 1, 0, -1):
+        config = replace(training.config, num_hidden_layers=layers)
+        if peak(replace(training, config=config), 1, windows) <= room:
+            return f"{flags} --batch_size=1 --num_hidden_layers={layers}"
+    return "a smaller hidden_size, max_position_embeddings or vocabulary: not even one layer fits"
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that a run on a device of this machine could use; None where nobody tells."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return float(torch.mps.recommended_max_memory())
+    with contextlib.suppress(OSError, StopIteration):  # Linux
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            line = next(line for line in f if line.startswith("MemAvailable"))
+        return float(line.split()[1]) * 1024
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # macOS: all there is
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return None
+
+
+def training_of(
+    settings: Mapping[str, Any],
+    config: GPTConfig,
+    machine: Machine,
+    flops: float,
+    accumulates: bool,
+    cannot: str,
+) -> Training:
+    """What the plan has to know of a run of `flops`. cannot: why it could not be compiled."""
+    return Training(
+        config,
+        machine.dtype,
+        machine.device.type,
+        compiled=not why_uncompiled(settings["compile"], machine.device, flops, cannot),
+        checkpointing=settings["activation_checkpointing"],
+        accumulates=accumulates,
+        optimizer=settings["optimizer"],
+    )
+
+
+def keeps_less(settings: Mapping[str, Any], machine: Machine, micro: MicroBatch) -> bool:
+    """Whether a run that is about to be compiled has to keep less for backward."""
+    if machine.device.type != "cuda" or micro.sharded:
+        return True
+    cannot, config = why_not_compile(machine.device), micro.model.config
+    training = training_of(settings, config, machine, 0.0, micro.count > 1, cannot)
+    return as_needed(training, micro.size, micro.windows, room_of(machine.device)).less
+
+
+def as_needed(training: Training, batch: int, windows: int, room: float | None) -> Training:
+    """The training that keeps all for backward on a GPU with the memory for it: that is faster.
+
+    room: bytes of the device less the reserve; None = unknown, then it keeps less.
+    """
+    if training.device_type != "cuda" or not training.compiled or room is None:
+        return training
+    whole = replace(training, less=False)
+    return whole if peak(whole, batch, windows) <= room else training
+
+
+def room_of(device: torch.device) -> float | None:
+    """Bytes that a run on a device of this machine has, with what it holds, less the reserve."""
+    free = free_memory(device)
+    if free is not None and device.type == "cuda":
+        free += torch.cuda.memory_reserved(device)
+    return None if free is None else free - RESERVE[device.type]

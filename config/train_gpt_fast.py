@@ -2,8 +2,8 @@
 # query and key, Muon for the matrices, and a rate that falls in a line to zero.
 #   python data/prepare.py && python train.py config/train_gpt_fast.py
 # 6,000 updates, 2.95 B tokens. About 37 hours on one RTX 3090, computed: the reference's 90 hours
-# times 0.40, and 2% more an update. Expected validation loss 2.89, extrapolated from models a
-# hundred times smaller (docs/recipes.md): nobody has run it.
+# times 0.40, and 2% more an update. Expected validation loss 2.89, extrapolated from models
+# hundreds of times smaller (docs/recipes.md): nobody has run it.
 
 out_dir = "out/gpt_fast"
 dataset = "openwebtext"  # 9.04 B tokens, of which the run sees 2.95 B

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from making.attend import attend_one
 from making.sampling import stream
 
 INIT_STD = 0.02  # GPT-2's; the two projections into the residual stream get less, see GPT.__init__
@@ -73,7 +74,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        wide = x if x.dtype == self.weight.dtype else x.float()  # bfloat16 has 8 bits
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
 def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -118,16 +120,10 @@ class Positions(NamedTuple):
     mask: Tensor | None = None  # (B, 1, T, T or S) bool, True = may look; None = causal
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one position, for the compiler: as loops, which become part of the layer's.
-
-    q (1, nkv, nh / nkv, hd), k and v (1, nkv, S, hd), mask as in Attention; shape of q. On a CPU a
-    call of F.scaled_dot_product_attention takes longer than these few products (docs/speed.md).
-    """
-    scores = (q[:, :, :, None].float() * k[:, :, None].float()).sum(-1)  # (1, nkv, nh / nkv, S)
-    share = (scores * q.size(-1) ** -0.5).masked_fill(~mask, -math.inf).softmax(-1)
-    y: Tensor = (share[..., None] * v[:, :, None].float()).sum(-2)
-    return y.to(q.dtype)
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that matrix products with x have: autocast's where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class Attention(nn.Module):
@@ -332,6 +328,8 @@ class GPT(nn.Module):
 
     def walk(self, x: Tensor, at: Positions) -> Tensor:
         """Through all layers, x (B, T, C) -> (B, T, C)."""
+        if compute_dtype(x) == torch.bfloat16:  # float16 would overflow
+            x = x.bfloat16()  # half the memory to move, for losses that agree (docs/speed.md)
         for block in self.layers:
             if self.activation_checkpointing and self.training:
                 again = self.config.dropout > 0  # drop the same values when computed anew
@@ -343,9 +341,7 @@ class GPT(nn.Module):
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` positions for `batch` rows, in the type attention runs in."""
         c, weight = self.config, self.embed_tokens.weight
-        kind, dtype = weight.device.type, weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = compute_dtype(weight)
         shape = (2 * c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim)
         empty = [torch.zeros(shape[1:], dtype=dtype, device=weight.device) for _ in range(shape[0])]
         return KVCache(empty[::2], empty[1::2])

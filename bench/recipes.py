@@ -150,7 +150,7 @@ def flags_of(run: Run, folder: Path, data: Path, share: float) -> list[str]:
         "init_from": "auto",
         "tokens_per_step": CONTEXT * WINDOWS,
         "batch_size": WINDOWS,
-        "compile": True,  # the runs are many, and their graphs few
+        "compile": True if share == 1 else "auto",  # the runs are many, and their graphs few
         "max_iters": updates,
         "warmup_iters": round(WARMUP * updates),
         "eval_interval": max(1, updates // POINTS),

@@ -14,6 +14,7 @@ from model import (
     IGNORE_INDEX,
     CrossEntropy,
     GPTConfig,
+    RMSNorm,
     apply_rope,
     num_parameters,
     rope_tables,
@@ -495,3 +496,36 @@ def test_attention_copies_key_heads_only_where_no_fast_kernel_shares_them(monkey
     )
     torch.testing.assert_close(m(idx, idx)[1], before)
     assert set(seen) == {2 if shares else 8}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stream"),
+    [
+        (None, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),  # which could overflow
+    ],
+)
+def test_the_residual_stream_under_autocast(dtype, stream):
+    m = model()
+    seen = []
+    for block in m.layers:
+        block.register_forward_hook(lambda block, given, out: seen.extend((given[0], out)))
+    x = torch.randint(0, 100, (2, 8))
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss = m(x, x)[1]
+    assert {t.dtype for t in seen} == {stream} and loss.dtype == torch.float32
+
+
+def test_a_norm_computes_in_float32():
+    """A weight of 1 + 1/512 is none of bfloat16's numbers: rounded first, it would be 1."""
+    norm = RMSNorm(64, 1e-6)
+    norm.weight.data.fill_(1 + 1 / 512)
+    torch.manual_seed(0)
+    x = torch.randn(1000, 64).bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + 1 / 512)
+    out = norm(x)
+    assert out.dtype == torch.bfloat16
+    assert ((out.double() - exact) / exact).abs().max() < 2**-8
+    shift = ((out.double() - exact) * exact.sign()).mean() / exact.abs().mean()
+    assert abs(shift) < 1 / 4096, "unbiased"

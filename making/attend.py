@@ -1,4 +1,4 @@
-"""Attention of one position as loops, which the compiler makes part of a layer's."""
+"""Attention of one token of a text that is being made."""
 
 import math
 

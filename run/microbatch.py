@@ -56,7 +56,6 @@ class MicroBatch:
         optimizer: torch.optim.Optimizer,
         agreement: Agreement,
         sharded: bool = False,
-        less: bool = True,
     ) -> None:
         self.windows, self.size = windows, largest_divisor(windows, state.micro_batch or most)
         self.state, self.model, self.optimizer = state, model, optimizer
@@ -64,7 +63,7 @@ class MicroBatch:
         self.sharded = sharded  # ranks exchange weights in each micro-step
         self.device = model.embed_tokens.weight.device
         self.compiled = False
-        self.less = less  # compiled, backward computes again what it need not keep
+        self.less = True  # compiled, backward computes again what it need not keep
 
     @property
     def count(self) -> int:

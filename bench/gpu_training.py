@@ -21,6 +21,7 @@ from bench.gpu_probe import GIB, Figures, Setup, card_of, device_of, emit, memor
 from bench.gpu_report import newest, read_report
 from configurator import overrides, settings_of
 from model import GPTConfig
+from plan import fit as plan
 from plan.fit import RESERVE, as_needed, largest_batch, peak, room_of
 from plan.memory import Training
 from run import folder, machine, saver, stop
@@ -212,15 +213,8 @@ def train_config(
 def training_of(settings: Figures, device: torch.device, vocabulary: int) -> tuple[Training, int]:
     """What the plan has to know of a run, and the windows of an update."""
     config = dataclasses.replace(config_of(settings), vocab_size=-(-vocabulary // 64) * 64)
-    training = Training(
-        config,
-        machine.select_dtype(settings["dtype"], device)[0],
-        device.type,
-        compiled=settings["compile"] == "True",
-        checkpointing=settings["activation_checkpointing"],
-        accumulates=True,
-        optimizer=settings["optimizer"],
-    )
+    where = machine.Machine(device, *machine.select_dtype(settings["dtype"], device))
+    training = plan.training_of(settings, config, where, 0.0, True, "")  # compiled as set
     return training, settings["tokens_per_step"] // config.max_position_embeddings
 
 

@@ -24,6 +24,7 @@ from making.sampling import stream
 INIT_STD = 0.02  # GPT-2's; the two projections into the residual stream get less, see GPT.__init__
 IGNORE_INDEX = -1  # a target that does not count, as in nanoGPT
 LOSS_CHUNK = 2**20  # float32 logits at a time in the uncompiled loss on a CPU, to stay in its cache
+LOSS_CHUNK_GPU = 2**26
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,8 @@ class CrossEntropy(torch.autograd.Function):
             top = logits.float().amax(1, keepdim=True)  # in steps: the compiler reads logits once
             lse = (top + (logits.float() - top).exp().sum(1, keepdim=True).log())[:, 0]
         else:
-            ctx.rows = max(1, LOSS_CHUNK * (1 if logits.is_cpu else 64) // logits.size(1))
+            chunk = LOSS_CHUNK if logits.is_cpu else LOSS_CHUNK_GPU
+            ctx.rows = max(1, chunk // logits.size(1))
             starts = range(0, len(logits), ctx.rows)
             lse = torch.cat([logits[i : i + ctx.rows].float().logsumexp(1) for i in starts])
         ctx.save_for_backward(logits, targets, counts, lse)

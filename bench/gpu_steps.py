@@ -284,7 +284,7 @@ def torchrun(setup: Setup) -> None:
     whole, parts = (settings_for(setup, out, 10, **more) for out in ("whole", "parts"))
     for process in [start_rank(s) for s in (whole, parts | {"max_iters": 5})]:
         finish(process)
-    finish(start_rank(parts | {"init_from": "resume"}))
+    finish(start_rank(parts | {"init_from": "resume", "overwrite": False}))
     gap, shards = loss_gap(whole, parts), len(list(Path(parts["out_dir"]).glob("*.shards")))
     checks = {"at most 1e-3": gap <= 1e-3, "sharded checkpoints": shards > 0}
     emit(f"losses differ by {gap:.1e}", checks=checks, gap=gap)

@@ -94,6 +94,9 @@ SIZES = {  # 20, 10 and 5 tokens for each parameter in the blocks
     "0.5": Size(128, 3, 2, 1, 9_830_400),
     "1.5": Size(192, 4, 3, 1, 14_745_600),
     "4": Size(256, 6, 4, 1, 19_660_800),
+    # for a GPU: fewer tokens than parameters, as many as one book shelf has
+    "31": Size(512, 12, 8, 2, 13_107_200),
+    "124": Size(768, 21, 12, 3, 8_192_000),
 }
 
 

@@ -1,14 +1,14 @@
 """Training steps in processes of their own: python -m bench.trainers steps|peak KIND
 
-`steps` makes a step for each line of stdin and prints its seconds; `peak` prints the bytes of the
-tensors at the peak of memory. What one process sets, such as the allocator, is not the others'.
+`steps` makes a step for each line of stdin and prints its seconds, and on a GPU the bytes of the
+tensors at the peak of memory so far; `peak` prints those of a CPU. What one process sets, such as
+the allocator, is not the others'.
 """
 
 import contextlib
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,10 @@ from typing import NamedTuple
 import torch
 
 from bench.commands import run, started
+from bench.gpu_probe import memory_figures, seconds
 from bench.models import Shape, build
+from plan import fit
+from plan.memory import Training
 from run import machine, script
 from run.optim import configure_optimizer
 
@@ -30,12 +33,19 @@ class Kind(NamedTuple):
     compiled: bool
     shape: Shape
     dtype: str  # float32, or bfloat16 by autocast
+    device: str = "cpu"  # or cuda, cuda:1
+    micro_steps: int = 1  # of a step, each of all its windows
 
     @property
     def title(self) -> str:
         """For people."""
         short = Path(self.name).parent.name if self.name.endswith(".py") else self.name
         return f"{short}, {'compiled' if self.compiled else 'eager'}"
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.shape.tokens * self.micro_steps
 
 
 # --- in the process
@@ -45,37 +55,59 @@ class Trainer:
     """A model that makes training steps on random tokens."""
 
     def __init__(self, kind: Kind) -> None:
+        self.micro_steps = kind.micro_steps
+        device = self.device = machine.select_device(kind.device)
+        dtype, _ = machine.select_dtype(kind.dtype, device)
+        if device.type == "cuda":
+            machine.tune(device)  # as the others' train.py do
         if kind.name == "ours":  # as train.py has it
             machine.keep_freed_memory()
-            machine.keep_less()
+            machine.keep_less(fits_less(kind, dtype, device))
         self.model, self.loss = build(kind.name, kind.shape.config)
+        self.model.to(device)
+        if kind.name == "ours":
+            machine.choose_attention(self.model, dtype)
         if hasattr(self.model, "configure_optimizers"):
-            self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+            self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
         else:
             self.optimizer = configure_optimizer(self.model, 1e-3, (0.9, 0.95), 0.1)
         self.net = torch.compile(self.model) if kind.compiled else self.model
         size = kind.shape.batch, kind.shape.context
-        self.x, self.y = torch.randint(0, 50257, size), torch.randint(0, 50257, size)
-        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=kind.dtype == "bfloat16")
+        self.x, self.y = (torch.randint(0, 50257, size, device=device) for _ in range(2))
+        self.autocast = machine.autocast(device, dtype)
 
     def step(self) -> float:
-        """Forward, backward, clip, update; the seconds that they took."""
-        t0 = time.perf_counter()
-        with self.autocast:
-            loss = self.loss(self.net, self.x, self.y)
-        loss.backward()
+        """Forward and backward of each micro-step, clip, update; the seconds that they took."""
+        return seconds(self.device, self.work)
+
+    def work(self) -> None:
+        """What a step does."""
+        for _ in range(self.micro_steps):
+            with self.autocast:
+                loss = self.loss(self.net, self.x, self.y) / self.micro_steps
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - t0
+
+
+def fits_less(kind: Kind, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether our training has to keep less for backward, as train.py decides."""
+    windows = kind.shape.batch * kind.micro_steps
+    training = Training(
+        kind.shape.config, dtype, device.type, kind.compiled, False, kind.micro_steps > 1
+    )
+    return fit.as_needed(training, kind.shape.batch, windows, fit.room_of(device)).less
 
 
 def make_steps(kind: Kind) -> None:
-    """Make a training step for each line of stdin, and print its seconds."""
+    """Make a training step for each line of stdin; print its seconds and a GPU's peak, or 0."""
     answers, sys.stdout = sys.stdout, sys.stderr  # peers print, too
     trainer = Trainer(kind)
-    for _ in sys.stdin:
-        print(trainer.step(), file=answers, flush=True)
+    for i, _ in enumerate(sys.stdin):
+        took = trainer.step()
+        peak = memory_figures(trainer.device, reset=i == 0).get("peak", 0)  # not the compiler's
+        print(took, peak, file=answers, flush=True)
 
 
 def peak_memory(kind: Kind) -> int:
@@ -100,8 +132,8 @@ def peak_memory(kind: Kind) -> int:
 
 
 def main() -> None:
-    what, (name, compiled, shape, dtype) = sys.argv[1], json.loads(sys.argv[2])
-    kind = Kind(name, compiled, Shape(*shape), dtype)
+    what, (name, compiled, shape, *how) = sys.argv[1], json.loads(sys.argv[2])
+    kind = Kind(name, compiled, Shape(*shape), *how)
     if what == "steps":
         make_steps(kind)
     else:
@@ -116,13 +148,16 @@ class Runner:
 
     def __init__(self, title: str, process: subprocess.Popen[bytes]) -> None:
         self.title, self.process = title, process
+        self.peak = 0  # bytes, on a GPU
 
     def step(self) -> float:
         """One more step: its seconds. Raises ValueError when the process has died."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(b"\n")
-            return float(self.process.stdout.readline())
+            took, peak = self.process.stdout.readline().split()
+            self.peak = int(peak)
+            return float(took)
         except (OSError, ValueError) as e:
             raise ValueError(f"{self.title} made no step; its error is above") from e
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+import model as model_file
 from model import GPT, GPTConfig, num_parameters
 from run import machine, muon, optim
 
@@ -133,6 +134,42 @@ def attention_of(device: str) -> Iterator[None]:
         yield
 
 
+class FusedNorm(torch.autograd.Function):
+    """The shapes of a GPU's RMSNorm: one kernel, which keeps its input and a float32 a row.
+
+    A CPU's is several operators, of which one keeps another tensor of the input's size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """x (..., C), weight (C,) -> as x."""
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the inputs' shapes."""
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+@contextlib.contextmanager
+def uncompiled_on(device: str) -> Iterator[None]:
+    """Make norm and loss do what they do without the compiler on another device than a CPU."""
+
+    def norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+        out: Tensor = FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+        return out
+
+    with contextlib.ExitStack() as patches:
+        if device == "cuda":
+            patches.enter_context(mock.patch.object(F, "rms_norm", norm))
+        if device != "cpu":
+            chunk = model_file.LOSS_CHUNK_GPU
+            patches.enter_context(mock.patch.object(model_file, "LOSS_CHUNK", chunk))
+        yield
+
+
 def loss_of(model: Callable[..., Any], x: Tensor, dtype: torch.dtype) -> Tensor:
     """The loss of a micro-step, as train.py computes it; float16 is as large as bfloat16."""
     half = torch.bfloat16 if dtype == torch.float16 else dtype
@@ -189,7 +226,8 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def trace_eager(training: Training) -> list[Tensor]:
     """Moments of a micro-step run op by op, as Ledger.segments."""
     ledger = Ledger(training.config)
-    with FakeTensorMode(), attention_of(training.device_type):
+    kind = training.device_type
+    with FakeTensorMode(), attention_of(kind), uncompiled_on(kind):
         model, x = fake_model(training)
         if training.accumulates:
             for p in model.parameters():

@@ -53,7 +53,7 @@ def warm_up(where):
 
 
 def graphs():
-    """The number that this process has compiled."""
+    """The number that this process has compiled, those that the plan looks at included."""
     from torch._dynamo.utils import counters  # seconds, which tests that are skipped do not have
 
     return counters["stats"]["unique_graphs"]
@@ -87,14 +87,22 @@ class Watch:
     def looking(self):
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+        from plan import memory
         from run import log
 
         add, create, scale = log.add_record, ShapeEnv.create_symbol, torch.amp.GradScaler.update
+        capture = memory.captured
 
         def add_record(path, record):
             if "loss" in record:
                 self.update(record)
             return add(path, record)
+
+        def captured(training):
+            before = graphs()
+            found = capture(training)
+            self.graphs_before += graphs() - before  # not the run's
+            return found
 
         def create_symbol(env, value, source, *args, **kwargs):
             found = create(env, value, source, *args, **kwargs)
@@ -108,6 +116,7 @@ class Watch:
 
         with (
             mock.patch.object(log, "add_record", add_record),
+            mock.patch.object(memory, "captured", captured),
             mock.patch.object(ShapeEnv, "create_symbol", create_symbol),
             mock.patch.object(torch.amp.GradScaler, "update", update),
         ):
@@ -128,14 +137,20 @@ def planted_inf(at):
         yield
 
 
-def planned(size, dtype, compiled, checkpointing, batch, windows):
-    """Bytes of a GPU at the peak of an update of so many windows, batch of them at a time."""
+def planned(size, dtype, compiled, checkpointing, batch, windows, less=False):
+    """Bytes of a GPU at the peak of an update of so many windows, batch of them at a time.
+
+    less: compiled, less is kept for backward, even where there is room for all.
+    """
     from model import GPTConfig
     from plan import fit
+    from plan.memory import Training
 
-    training = fit.Training(GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True)
-    room = fit.room_of(torch.device("cuda", torch.cuda.current_device()))
-    return fit.peak(fit.as_needed(training, batch, windows, room), batch, windows)
+    training = Training(GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True)
+    if not less:
+        room = fit.room_of(torch.device("cuda", torch.cuda.current_device()))
+        training = fit.as_needed(training, batch, windows, room)
+    return fit.peak(training, batch, windows)
 
 
 @contextlib.contextmanager
@@ -143,7 +158,8 @@ def short_of_memory(where, fits, windows, size):
     """Leave room for `fits` windows at a time, and too little for twice as many."""
     if where.type == "cuda":
         small, large = (
-            planned(size, torch.bfloat16, True, False, b, windows) for b in (fits, 2 * fits)
+            planned(size, torch.bfloat16, True, False, b, windows, less=True)
+            for b in (fits, 2 * fits)
         )
         warm_up(where)
         total = torch.cuda.get_device_properties(where).total_memory

@@ -99,14 +99,15 @@ def memory_table(shown: dict[int, Result]) -> Iterator[str]:
         return
     yield "| memory, GiB | batch | planned | measured | ratio | context | allocator's gaps |"
     yield "|---|---|---|---|---|---|---|"
-    beyond = [0.0]
+    contexts = [0.0]
     for name, f in rows.items():
         peak, part = eager[name], "" if "peak" in f else "eager_"
         if peak:
             rest = f[f"{part}context"], f[f"{part}gaps"]
-            beyond.append(sum(rest) / GIB)
+            contexts.append(rest[0] / GIB)
             sizes = (f["planned"], peak, GIB * peak / f["planned"], *rest)
             cells = " | ".join(f"{x / GIB:.3f}" for x in sizes)
             yield f"| {name} | {f.get('batch_size', 1)} | {cells} |"
     reserve = RESERVE["cuda"] / GIB
-    yield f"\nbeyond live tensors at most {max(beyond):.2f} GiB; the planner reserves {reserve:.2f}"
+    context = f"contexts take at most {max(contexts):.2f} GiB; gaps are filled when memory is short"
+    yield f"\nthe planner reserves {reserve:.2f} GiB: {context}"

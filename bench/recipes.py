@@ -28,10 +28,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from bench.commands import started
 from bench.settings import check
 from configurator import configure
-from run import script
+from run import machine, script
 from run.records import read_records
 from run.settings import check_folder
 from text import files
@@ -72,10 +74,15 @@ class Size:
     tokens: int
 
     @property
+    def parameters(self) -> float:
+        """In the blocks' matrices."""
+        per_layer = 2 * (1 + self.kv_heads / self.heads) + 3 * 2.5  # times hidden^2
+        return per_layer * self.layers * self.hidden**2
+
+    @property
     def name(self) -> str:
         """Millions of parameters in the blocks, rounded."""
-        per_layer = 2 * (1 + self.kv_heads / self.heads) + 3 * 2.5  # times hidden^2
-        return f"{per_layer * self.layers * self.hidden**2 / 1e6:.1f}M"
+        return f"{self.parameters / 1e6:.1f}M"
 
     def flags(self) -> dict[str, Any]:
         """The settings of train.py that make it."""
@@ -184,6 +191,7 @@ def train(run: Run, out: Path, kept: Path, data: Path, share: float, threads: in
         "settings": dict(run.how),
         "seed": run.seed,
         "dataset": data.name,
+        "machine": f"{machine.describe(machine.select_device('auto'))}, torch {torch.__version__}",
         "tokens": [r["tokens"] for r in points],
         "loss": [round(r["val_loss"], 5) for r in points],
     }
@@ -274,7 +282,7 @@ def spread(numbers: Sequence[float], digits: int) -> str:
     return f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
 
 
-def finals(size: Size, best: Values, seeds: int) -> dict[str, list[list[Run]]]:
+def finals(size: Size, best: Values, seeds: int) -> "Compared":
     """The runs to compare, by name: for each seed those of several lengths, the longest last."""
     ours = recipe(size)
     return {
@@ -284,44 +292,78 @@ def finals(size: Size, best: Values, seeds: int) -> dict[str, list[list[Run]]]:
     }
 
 
-def rows(bench: Bench, size: Size, found: dict[str, list[list[Run]]]) -> Iterator[str]:
+BASELINES = ("reference", "adamw")
+Compared = dict[str, list[list[Run]]]  # as `finals` returns it
+
+
+def final_losses(bench: Bench, several: list[list[Run]]) -> list[float]:
+    """Of the longest run of each seed."""
+    return [bench.curve(runs[-1])["loss"][-1] for runs in several]
+
+
+def ratios(bench: Bench, found: Compared, baseline: str) -> list[float]:
+    """For each seed the tokens of the recipe to the baseline's final loss, over the baseline's."""
+    result = []
+    for runs, wanted in zip(found["recipe"], final_losses(bench, found[baseline]), strict=True):
+        points = [(run.part, bench.curve(run)["loss"][-1]) for run in runs]
+        result.append(crossing(points, wanted))
+    return result
+
+
+def rows(bench: Bench, size: Size, found: Compared) -> Iterator[str]:
     """The rows of a size in the last table: each baseline against the recipe."""
-    last = {
-        name: [bench.curve(runs[-1])["loss"][-1] for runs in several]
-        for name, several in found.items()
-    }
-    for name in ("reference", "adamw"):
-        ratios = []
-        for runs, wanted in zip(found["recipe"], last[name], strict=True):
-            points = [(run.part, bench.curve(run)["loss"][-1]) for run in runs]
-            ratios.append(crossing(points, wanted))
-        cells = spread(last[name], 4), spread(last["recipe"], 4), spread(ratios, 2)
-        yield f"| {size.name} | {name} | {' | '.join(cells)} |"
+    for name in BASELINES:
+        losses = [spread(final_losses(bench, found[n]), 4) for n in (name, "recipe")]
+        cells = [size.name, name, *losses, spread(ratios(bench, found, name), 2)]
+        yield f"| {' | '.join(cells)} |"
 
 
-def draw(path: str, bench: Bench, found: dict[Size, dict[str, list[list[Run]]]]) -> None:
+def draw_losses(axes: Any, bench: Bench, size: Size, found: Compared) -> None:
+    """Loss against tokens, each run a line that ends in a dot."""
+    for color, (name, several) in enumerate(found.items()):
+        for runs in several:
+            for run in runs:
+                curve = bench.curve(run)
+                label = name if runs is several[0] and run is runs[-1] else None
+                tokens = [t / 1e6 for t in curve["tokens"]]
+                axes.plot(tokens[1:], curve["loss"][1:], color=f"C{color}", label=label, lw=1)
+                axes.plot(tokens[-1:], curve["loss"][-1:], "o", color=f"C{color}", ms=4)
+    low = min(final_losses(bench, found["recipe"]))
+    axes.set_ylim(low - 0.1, low + 1.2)
+    axes.set_title(f"{size.name} parameters in the blocks")
+    axes.set_xlabel("million tokens")
+    axes.set_ylabel("validation loss")
+
+
+def draw_ratios(axes: Any, bench: Bench, found: dict[Size, Compared]) -> None:
+    """Tokens of the recipe over the baseline's against the model's size, from seed to seed."""
+    for color, name in enumerate(BASELINES):
+        sizes = [size.parameters / 1e6 for size in found]
+        several = [ratios(bench, compared, name) for compared in found.values()]
+        means = [statistics.mean(r) for r in several]
+        axes.plot(sizes, means, "o-", color=f"C{color}", label=f"against {name}", lw=1, ms=4)
+        axes.vlines(sizes, [min(r) for r in several], [max(r) for r in several], color=f"C{color}")
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{size:.1f}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_ylim(0, 1)
+    axes.set_title("tokens to the baseline's loss")
+    axes.set_xlabel("million parameters in the blocks")
+    axes.set_ylabel("recipe over baseline")
+
+
+def draw(path: str, bench: Bench, found: dict[Size, Compared]) -> None:
     """Loss against tokens at each size, and the ratio against the size; nothing without a path."""
     if not path:
         return
     from matplotlib.figure import Figure  # few draw
 
-    figure = Figure(figsize=(4 * len(found), 4), layout="constrained")
-    for axes, (size, by_name) in zip(
-        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
-    ):
-        for color, (name, several) in enumerate(by_name.items()):
-            for runs in several:
-                for run in runs:
-                    curve = bench.curve(run)
-                    first = runs is several[0] and run is runs[-1]
-                    label = name if first else None
-                    tokens = [t / 1e6 for t in curve["tokens"]]
-                    axes.plot(tokens[1:], curve["loss"][1:], color=f"C{color}", label=label, lw=1)
-                    axes.plot(tokens[-1:], curve["loss"][-1:], "o", color=f"C{color}", ms=4)
-        low = min(bench.curve(runs[-1])["loss"][-1] for runs in by_name["recipe"])
-        axes.set_ylim(low - 0.1, low + 1.2)
-        axes.set_title(f"{size.name} parameters in the blocks")
-        axes.set_xlabel("million tokens")
+    figure = Figure(figsize=(4 * len(found) + 4, 4), layout="constrained")
+    *columns, last = figure.subplots(1, len(found) + 1)
+    for axes, (size, compared) in zip(columns, found.items(), strict=True):
+        draw_losses(axes, bench, size, compared)
+    draw_ratios(last, bench, found)
+    for axes in (*columns, last):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.savefig(path_of(path), dpi=120)
@@ -341,7 +383,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|", flush=True)
     best: Values = REFERENCE
     names = list(LADDERS)
-    found: dict[Size, dict[str, list[list[Run]]]] = {}
+    found: dict[Size, Compared] = {}
     for size in (SIZES[name] for name in chosen):
         if only in ("", "adamw"):
             best = best_of(bench, size, best, names)

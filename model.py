@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from making.attend import attend_one
+from making.pieces import loss_in_pieces
 from making.sampling import stream
 
 INIT_STD = 0.02  # GPT-2's; the two projections into the residual stream get less, see GPT.__init__
 IGNORE_INDEX = -1  # a target that does not count, as in nanoGPT
-LOSS_CHUNK = 2**20  # float32 logits at a time in the uncompiled loss on a CPU, to stay in its cache
-LOSS_CHUNK_GPU = 2**26
+LOSS_CHUNK, LOSS_CHUNK_GPU = 2**20, 2**26  # float32 logits at a time uncompiled; a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -241,8 +241,7 @@ class CrossEntropy(torch.autograd.Function):
             top = logits.float().amax(1, keepdim=True)  # in steps: the compiler reads logits once
             lse = (top + (logits.float() - top).exp().sum(1, keepdim=True).log())[:, 0]
         else:
-            chunk = LOSS_CHUNK if logits.is_cpu else LOSS_CHUNK_GPU
-            ctx.rows = max(1, chunk // logits.size(1))
+            ctx.rows = max(1, (LOSS_CHUNK if logits.is_cpu else LOSS_CHUNK_GPU) // logits.size(1))
             starts = range(0, len(logits), ctx.rows)
             lse = torch.cat([logits[i : i + ctx.rows].float().logsumexp(1) for i in starts])
         ctx.save_for_backward(logits, targets, counts, lse)
@@ -278,6 +277,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: backward computes each block anew
+        self.loss_pieces = 1  # more: with loss_only no more than a piece of the logits is in memory
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -315,13 +315,15 @@ class GPT(nn.Module):
         x = F.dropout(self.embed_tokens(idx), self.config.dropout, self.training)
         x = self.walk(x, Positions(self.cos[:T, None], self.sin[:T, None]))
         if targets is None:
-            logits: Tensor = self.lm_head(self.norm(x[:, -1:]))
-            return logits, None
-        logits = self.lm_head(self.norm(x))
-        rows, wanted = logits.view(-1, logits.size(-1)), targets.reshape(-1)
-        loss: Tensor = CrossEntropy.apply(rows, wanted, loss_only)  # type: ignore[no-untyped-call]
+            return self.lm_head(self.norm(x[:, -1:])), None
+        rows, wanted, head = self.norm(x).flatten(0, 1), targets.reshape(-1), self.lm_head
+        if loss_only and self.loss_pieces > 1:
+            how = head.weight, wanted, IGNORE_INDEX, self.loss_pieces
+            return None, loss_in_pieces(rows.to(compute_dtype(x)), *how)
+        logits: Tensor = head(rows)
+        loss: Tensor = CrossEntropy.apply(logits, wanted, loss_only)  # type: ignore[no-untyped-call]
         # Logits with a gradient would have a compiled backward read zeros of their size.
-        return None if loss_only else logits.detach(), loss
+        return None if loss_only else logits.detach().view(*idx.shape, -1), loss
 
     def at(self, slots: Tensor, cache: KVCache | None, mask: Tensor | None) -> Positions:
         """The positions `slots`, (T,) or (B, T), for `walk`."""

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from configurator import configure, refuse, settings_of, typed, without
 from model import num_parameters
-from plan.fit import keeps_less
+from plan.fit import saving_of
 from run import folder, optim, script
 from run.agreement import Agreement
 from run.cards import peak_flops
@@ -222,7 +222,7 @@ def main() -> None:
     saver = Saver(out, keep_last, milestone_interval, rank == 0, in_parts)
     agreement = Agreement(team, stop, saver)
     micro = MicroBatch(batch_size, windows, state, model, optimizer, agreement, sharded)
-    [micro.less] = team.any(keeps_less(settings, machine, micro))
+    micro.saving = team.most(saving_of(settings, machine, micro))
     health = Health(state, skip_spike, max_skipped)
 
     # --- a line for each fact that the user may want to check

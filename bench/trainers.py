@@ -62,10 +62,10 @@ class Trainer:
             machine.tune(device)  # as the others' train.py do
         if kind.name == "ours":  # as train.py has it
             machine.keep_freed_memory()
-            machine.keep_less(fits_less(kind, dtype, device))
         self.model, self.loss = build(kind.name, kind.shape.config)
         self.model.to(device)
         if kind.name == "ours":
+            machine.save_memory(self.model, saving_of(kind, dtype, device))
             machine.choose_attention(self.model, dtype)
         if hasattr(self.model, "configure_optimizers"):
             self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
@@ -91,13 +91,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def fits_less(kind: Kind, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether our training has to keep less for backward, as train.py decides."""
+def saving_of(kind: Kind, dtype: torch.dtype, device: torch.device) -> int:
+    """How much memory our training has to save, as train.py decides."""
     windows = kind.shape.batch * kind.micro_steps
     training = Training(
         kind.shape.config, dtype, device.type, kind.compiled, False, kind.micro_steps > 1
     )
-    return fit.as_needed(training, kind.shape.batch, windows, fit.room_of(device)).less
+    return fit.as_needed(training, kind.shape.batch, windows, fit.room_of(device)).saving
 
 
 def make_steps(kind: Kind) -> None:

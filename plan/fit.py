@@ -1,4 +1,4 @@
-"""What fits in a device's memory: how many windows at once, and whether backward computes again.
+"""What fits in a device's memory: how many windows at once, and what has to be saved for them.
 
 Everything is computed from the graph (plan/memory.py) but the reserve.
 """
@@ -15,7 +15,7 @@ from model import GPTConfig
 from plan import memory
 from plan.memory import Training
 from run.compiling import why_not_compile, why_uncompiled
-from run.machine import Machine
+from run.machine import MOST_SAVING, Machine
 from run.microbatch import MicroBatch
 
 GIB = 2**30
@@ -100,24 +100,25 @@ def training_of(
     )
 
 
-def keeps_less(settings: Mapping[str, Any], machine: Machine, micro: MicroBatch) -> bool:
-    """Whether a run that is about to be compiled has to keep less for backward."""
+def saving_of(settings: Mapping[str, Any], machine: Machine, micro: MicroBatch) -> int:
+    """How much memory a run that is about to be compiled has to save, as save_memory takes it."""
     if machine.device.type != "cuda" or micro.sharded:
-        return True
+        return 1
     cannot, config = why_not_compile(machine.device), micro.model.config
     training = training_of(settings, config, machine, 0.0, micro.count > 1, cannot)
-    return as_needed(training, micro.size, micro.windows, room_of(machine.device)).less
+    return as_needed(training, micro.size, micro.windows, room_of(machine.device)).saving
 
 
 def as_needed(training: Training, batch: int, windows: int, room: float | None) -> Training:
-    """The training that keeps all for backward on a GPU with the memory for it: that is faster.
+    """The training that saves no more memory on a GPU than it has to: that is faster.
 
-    room: bytes of the device less the reserve; None = unknown, then it keeps less.
+    room: bytes of the device less the reserve; None = unknown, then it stays as it is.
     """
     if training.device_type != "cuda" or not training.compiled or room is None:
         return training
-    whole = replace(training, less=False)
-    return whole if peak(whole, batch, windows) <= room else training
+    levels = (replace(training, saving=n) for n in range(MOST_SAVING))
+    fits = (t for t in levels if peak(t, batch, windows) <= room)
+    return next(fits, replace(training, saving=MOST_SAVING))
 
 
 def room_of(device: torch.device) -> float | None:

@@ -32,6 +32,7 @@ WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE = PARTS
 LAYERS = (2, 3)  # depths that are traced; memory grows by the same amount with each layer
 VIEWS = {"view", "permute", "slice", "expand", "unsqueeze", "squeeze", "t", "transpose", "select"}
 VIEWS |= {"alias", "split", "split_with_sizes", "as_strided", "detach"}
+REDUCTIONS = {"sum", "mean", "amax", "amin"}
 # Operators that the compiler calls as they are: what they read and write exists in memory.
 KERNELS = (
     *("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product", "index_put", "scatter"),
@@ -51,7 +52,7 @@ class Training:
     checkpointing: bool  # of activations
     accumulates: bool  # gradients of earlier micro-steps are there
     optimizer: str = "adamw"
-    less: bool = True  # compiled, backward computes SwiGLU and norms again instead of keeping them
+    saving: int = 1  # compiled, see machine.save_memory
 
 
 def probe(config: GPTConfig) -> int:
@@ -272,10 +273,10 @@ def captured(training: Training) -> tuple[fx.Graph, fx.Graph]:
         decompositions=select_decomp_table,
     )
     torch._dynamo.reset()
-    machine.keep_less(training.less)
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # what is not fake are states of dropout
     with fake, V.set_fake_mode(fake), attention_of(training.device_type):
         model, x = fake_model(training)
+        machine.save_memory(model, training.saving)
         model.compile(backend=backend)
         torch.autograd.backward(loss_of(model, x, training.dtype))
     torch._dynamo.reset()  # a real run starts with nothing compiled
@@ -301,9 +302,9 @@ class Lifetimes:
     """Which values of a compiled graph take memory, and when, by the compiler's rules.
 
     Element-wise operators and reductions are fused into loops: what one of them makes exists in
-    memory only if a kernel that is called as it is reads it, if the graph returns it, or if it is
-    read after a further kernel, hence in another loop. A loop may write over an input that it is
-    the last to read.
+    memory only if it is a reduction, if a kernel that is called as it is reads it, if the graph
+    returns it, or if it is read after a further kernel, hence in another loop, and is no larger
+    than what it was made of. A loop may write over an input that it is the last to read.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -320,24 +321,21 @@ class Lifetimes:
                     readers[self.base[a]].append(n)
         self.returned = [o for o in tree_leaves(self.nodes[-1].args) if isinstance(o, fx.Node)]
         self.kept = {self.base[o] for o in self.returned}
-        self.real = {
-            n
-            for n in self.nodes
-            if n.op == "call_function"
-            and self.base[n] is n
-            and (
-                is_kernel(n)
-                or n.target is operator.getitem
-                or n in self.kept
-                or any(is_kernel(r) or self.stage[r] != self.stage[n] for r in readers[n])
-            )
-        }
+        self.real: set[fx.Node] = set()
         reads: dict[fx.Node, set[fx.Node]] = {}  # values in memory, through those that are not
         last: dict[fx.Node, fx.Node] = {}
         for n in self.nodes:
             reads[n] = set()
             for a in (self.base[a] for a in n.all_input_nodes):
                 reads[n] |= {a} if a in self.real or a.op == "placeholder" else reads[a]
+            grown = bytes_of(n) > sum(map(bytes_of, reads[n]))
+            later = (
+                is_kernel(r) or (self.stage[r] != self.stage[n] and not grown) for r in readers[n]
+            )
+            whole = is_kernel(n) or n.target is operator.getitem or op_name(n) in REDUCTIONS
+            computed = n.op == "call_function" and self.base[n] is n
+            if computed and (whole or n in self.kept or any(later)):
+                self.real.add(n)
             if n in self.real or n.op == "output":
                 last |= dict.fromkeys(reads[n], n)
         self.dying: dict[fx.Node, list[fx.Node]] = {n: [] for n in self.nodes}

@@ -34,7 +34,15 @@ from run.curve import read_curve
 from run.folder import check_disk, disk_needed
 from run.gpu import unused_gpu
 from run.log import say
-from run.machine import Machine, autocast, keep_less, select_device, select_dtype, tune
+from run.machine import (
+    MOST_SAVING,
+    Machine,
+    autocast,
+    save_memory,
+    select_device,
+    select_dtype,
+    tune,
+)
 from run.microbatch import largest_divisor, windows_of_rank
 from run.optim import configure_optimizer, groups_of, moments
 from run.settings import check_folder, run_folder
@@ -47,6 +55,11 @@ CARD_SIZES = (24, 16, 12, 8)  # GiB, of consumer cards
 CPU_FLOPS = 1e11  # FLOP/s, the order of a few cores
 TIMING_S = 120.0  # steps are timed only when they are expected to take less
 NODE = 8  # cards in one machine
+SAVINGS = (  # what is said of save_memory's levels
+    "",
+    ", as backward computes norms and SwiGLU again",
+    ", as backward computes norms and SwiGLU again and the loss comes in pieces",
+)
 
 
 # ---------------------------------------------------------------- memory
@@ -68,8 +81,8 @@ def memory_lines(training: Training, batch: int, room: float | None, where: str)
         return
     reserve = fit.RESERVE[training.device_type]
     verdict = "fits" if sum(parts.values()) <= room else "DOES NOT FIT"
-    if verdict == "fits" and training.device_type == "cuda" and training.compiled and training.less:
-        verdict = "fits, as backward computes norms and SwiGLU again"
+    if verdict == "fits" and training.device_type == "cuda" and training.compiled:
+        verdict += SAVINGS[training.saving]
     yield (
         f"  {where}: {(room + reserve) / GIB:.2f} GiB, less {reserve / GIB:.1f} for what is not in "
         f"the graph (assumed): {verdict}"
@@ -84,7 +97,7 @@ def card_lines(training: Training, windows: int) -> Iterator[str]:
         dtype=torch.bfloat16,
         compiled=True,
         checkpointing=False,
-        less=True,
+        saving=MOST_SAVING,
     )
     yield (
         f"cards    largest batch_size that fits and divides the step's {windows} windows "
@@ -114,7 +127,7 @@ def timed_step(
     x = torch.randint(0, training.config.vocab_size, shape, device=device)
     context = autocast(device, training.dtype)
     if training.compiled:
-        keep_less(training.less)
+        save_memory(model, training.saving)
         model.compile()
 
     def micro() -> None:
@@ -309,7 +322,7 @@ def plan(
         how = f"computed from a guess; not timed: {'does not fit' if change else 'takes too long'}"
     yield from time_lines(step_s, tokens_per_step, flops, steps - done, how)
     if world_size > 1 and card:
-        less = replace(training, less=True)  # as FSDP does, and every card can
+        less = replace(training, saving=1)  # as FSDP does, and every card can
         yield from scaling_lines(less, batch, windows, flops, card, share, world_size)
     if change:
         raise ValueError(f"the run does not fit in memory; the smallest change that fits: {change}")

@@ -13,7 +13,7 @@ from model import GPT
 from run.agreement import ShortElsewhere
 from run.evaluation import Evaluation, loss_sums
 from run.log import say
-from run.machine import Machine, keep_less, release_memory
+from run.machine import Machine, release_memory, save_memory
 from run.microbatch import MicroBatch
 from run.parallel import set_sync
 from run.stop import Stopped
@@ -49,13 +49,13 @@ def why_uncompiled(setting: str, device: torch.device, flops: float, cannot: str
     return cannot or ("the run is too short for it to pay" if short else "")
 
 
-def compile_parts(model: GPT, sharded: bool, less: bool) -> list[nn.Module]:
+def compile_parts(model: GPT, sharded: bool, saving: int) -> list[nn.Module]:
     """Have torch.compile take the model, or its layers one by one where they are sharded.
 
-    less: see machine.keep_less. It compiles when they are first called, and may fail only then:
+    saving: see save_memory. It compiles when they are first called, and may fail only then:
     `uncompile` takes it back.
     """
-    keep_less(less)
+    save_memory(model, saving)
     parts: list[nn.Module] = list(model.layers) if sharded else [model]
     for part in parts:
         part.compile(dynamic=False)  # else a second size has symbols instead of numbers
@@ -117,7 +117,7 @@ def compile_or_say_why(
     if why:  # what does not fit is found while nobody waits for an exchange
         return rehearse(micro, net, loader, evaluation, machine)
     begun = time.perf_counter()
-    micro.compiled, parts = True, compile_parts(micro.model, micro.sharded, micro.less)
+    micro.compiled, parts = True, compile_parts(micro.model, micro.sharded, micro.saving)
     try:
         rehearse(micro, net, loader, evaluation, machine)
         say(f"compile  took {time.perf_counter() - begun:.0f} s")

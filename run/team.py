@@ -70,6 +70,14 @@ class Team:
         dist.all_reduce(raised, dist.ReduceOp.MAX)
         return tuple(map(bool, raised.tolist()))
 
+    def most(self, number: int) -> int:
+        """The largest number of any rank."""
+        if self.alone:
+            return number
+        most = torch.tensor(number)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place, on any device."""
         if not self.alone:

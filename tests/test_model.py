@@ -420,6 +420,31 @@ def test_the_uncompiled_loss_is_the_plain_one(monkeypatch, chunk, dtype):
         ours.backward()  # once more: what it needs is gone, and it says so
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_in_pieces_is_the_loss(compiled, dtype):
+    """Value and gradients, of pieces that are not of one size; some targets do not count."""
+    found = []
+    for pieces in (1, 3):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        m, idx = model(), torch.randint(0, 131, (2, 16))
+        targets = idx.masked_fill(idx % 3 == 0, IGNORE_INDEX)
+        m.loss_pieces = pieces
+        if compiled:
+            m.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.no_grad():
+                alone = m(idx, targets, loss_only=True)[1]
+            loss = m(idx, targets, loss_only=True)[1]
+        (3 * loss).backward()
+        found.append([alone, loss.detach(), *(p.grad for p in m.parameters())])
+    torch._dynamo.reset()
+    rate = {torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype and (a - b).norm() <= rate * a.norm()
+
+
 def test_the_loss_alone_is_the_same_loss_with_the_same_gradients():
     m, idx = model(), torch.randint(0, 131, (2, 16))
     (logits, loss), (nothing, alone) = m(idx, idx), m(idx, idx, loss_only=True)

@@ -244,11 +244,16 @@ def test_a_plan_of_a_resumed_run_is_for_what_is_left(script, tiny):
 
 def test_a_card_with_the_memory_keeps_all_for_backward():
     """The faster way, where it fits; never on a CPU, uncompiled, or where nobody knows the room."""
-    training = Training(DRY, torch.bfloat16, "cuda", True, False, True)
-    whole = fit.peak(replace(training, less=False), 2, 16)
-    assert whole > fit.peak(training, 2, 16)
-    assert not fit.as_needed(training, 2, 16, whole).less
-    assert fit.as_needed(training, 2, 16, whole - 1).less
-    assert fit.as_needed(training, 2, 16, None).less
-    assert fit.as_needed(replace(training, compiled=False), 2, 16, whole).less
-    assert fit.as_needed(replace(training, device_type="cpu"), 2, 16, whole).less
+    size = replace(DRY, vocab_size=4096)
+    training = Training(size, torch.bfloat16, "cuda", True, False, True)
+    whole, less, least = (fit.peak(replace(training, saving=n), 8, 16) for n in range(3))
+    assert whole > less > least
+
+    def saving(room, training=training):
+        return fit.as_needed(training, 8, 16, room).saving
+
+    rooms = (whole, whole - 1, less, less - 1, least, least - 1)
+    assert [saving(room) for room in rooms] == [0, 1, 1, 2, 2, 2]
+    assert saving(None) == 1
+    assert saving(whole, replace(training, compiled=False)) == 1
+    assert saving(whole, replace(training, device_type="cpu")) == 1

@@ -137,17 +137,20 @@ def planted_inf(at):
         yield
 
 
-def planned(size, dtype, compiled, checkpointing, batch, windows, less=False):
+def planned(size, dtype, compiled, checkpointing, batch, windows, most=False):
     """Bytes of a GPU at the peak of an update of so many windows, batch of them at a time.
 
-    less: compiled, less is kept for backward, even where there is room for all.
+    most: with all that can be saved, compiled, even where there is room.
     """
     from model import GPTConfig
     from plan import fit
     from plan.memory import Training
+    from run.machine import MOST_SAVING
 
-    training = Training(GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True)
-    if not less:
+    training = Training(
+        GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True, saving=MOST_SAVING
+    )
+    if not most:
         room = fit.room_of(torch.device("cuda", torch.cuda.current_device()))
         training = fit.as_needed(training, batch, windows, room)
     return fit.peak(training, batch, windows)
@@ -158,7 +161,7 @@ def short_of_memory(where, fits, windows, size):
     """Leave room for `fits` windows at a time, and too little for twice as many."""
     if where.type == "cuda":
         small, large = (
-            planned(size, torch.bfloat16, True, False, b, windows, less=True)
+            planned(size, torch.bfloat16, True, False, b, windows, most=True)
             for b in (fits, 2 * fits)
         )
         warm_up(where)

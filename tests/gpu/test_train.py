@@ -86,8 +86,9 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_run(short, plain, where):
     """The compiler's own errors for it were taken for a failure to compile."""
     run = short[0]
     assert f"out of memory with batch_size={WINDOWS}" in run.out
-    kept_less = "going on with less kept for backward" in run.out  # first, on a GPU
-    assert kept_less == (where.type == "cuda"), run.out
+    if where.type == "cuda":  # first
+        assert "going on with less kept for backward" in run.out, run.out
+    assert "going on with the loss in pieces" in run.out, run.out
     assert f"going on with {BATCH} x 2 micro-steps" in run.out, run.out
     assert_compiled(run)
     assert_close(run.losses(), plain[0].losses(), range(4), 0.01)

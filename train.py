@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from configurator import configure, refuse, settings_of, typed, without
 from model import num_parameters
-from plan.fit import saving_of
+from plan.fit import settle
 from run import folder, optim, script
 from run.agreement import Agreement
 from run.cards import peak_flops
@@ -68,7 +68,7 @@ seed = 1337  # of initial weights, data order and dropout
 # data
 dataset = "openwebtext"  # folder under data/, or a path with a slash
 tokens_per_step = 491520  # tokens in one update; accumulation is derived from it
-batch_size = 12  # the most windows at once: for memory; updates do not depend on it
+batch_size = 12  # the most windows at once, 0 = as fit: for memory; updates do not depend on it
 # model (the defaults are the 303M reference)
 vocab_size = 0  # 0 = the tokenizer's, rounded up to a multiple of 64
 hidden_size = 1024  # numbers that a token is between two layers
@@ -222,7 +222,7 @@ def main() -> None:
     saver = Saver(out, keep_last, milestone_interval, rank == 0, in_parts)
     agreement = Agreement(team, stop, saver)
     micro = MicroBatch(batch_size, windows, state, model, optimizer, agreement, sharded)
-    micro.saving = team.most(saving_of(settings, machine, micro))
+    settle(settings, machine, micro, team)
     health = Health(state, skip_spike, max_skipped)
 
     # --- a line for each fact that the user may want to check
@@ -233,8 +233,8 @@ def main() -> None:
     )
     what = f"{max_iters:,} updates of {tokens_per_step:,} tokens ({micro.line(context, ranks)})"
     say(f"run      {what}, {order.epochs(max_iters):.2f} epochs, seed {seed}")
-    if not state.micro_batch and micro.size < batch_size:
-        say(f"run      batch_size={micro.size}, which divides the {windows} windows of a rank")
+    if micro.note:
+        say(f"run      {micro.note}")
     if decay_lr and schedule.warmup < warmup_iters:
         say(f"run      warmup_iters={schedule.warmup}, not {warmup_iters}: a tenth of the decay")
     if line := taken_for(data, train_data.ids[0]):

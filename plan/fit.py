@@ -4,6 +4,7 @@ Everything is computed from the graph (plan/memory.py) but the reserve.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,12 +18,19 @@ from plan.memory import Training
 from run.compiling import why_not_compile, why_uncompiled
 from run.machine import MOST_SAVING, Machine
 from run.microbatch import MicroBatch
+from run.team import Team
 
 GIB = 2**30
 # Memory that is not in the graph. On a GPU, measured on one (an H200): CUDA's context and kernels
 # (0.74 GiB), cuBLAS' buffers (0.06) and gaps that the allocator could not fill (less than 0.09). On
 # mps and a CPU, where it is Python and torch, assumed.
 RESERVE = {"cuda": 1.0 * GIB, "mps": 1.0 * GIB, "cpu": 0.5 * GIB}
+# Computed for the reference on an RTX 3090 (docs/speed.md): what a micro-step costs whatever its
+# size (casts of weights, sums of gradients), in tokens, and how much longer the levels of
+# save_memory take.
+FIXED_TOKENS = 275
+SLOWER = (1.0, 1.012, 1.008)
+CPU_TOKENS = 16384
 
 
 def divisors(n: int) -> list[int]:
@@ -43,6 +51,25 @@ def largest_batch(training: Training, windows: int, room: float, most: int = 0) 
     """
     batches = [b for b in divisors(windows) if b <= (most or windows)]
     return max((b for b in batches if peak(training, b, windows) <= room), default=0)
+
+
+def at_once(training: Training, windows: int, room: float | None) -> int:
+    """The micro-batch that divides a step's windows and is fastest, of those that fit in `room`.
+
+    On a GPU a larger one spares fixed costs, unless it has to save memory for that; elsewhere more
+    than CPU_TOKENS at once are no faster. room: None = unknown, and all fits. At least 1.
+    """
+    context, room = training.config.max_position_embeddings, math.inf if room is None else room
+    if training.device_type != "cuda":
+        plain = replace(training, compiled=False)  # takes no less, and is traced sooner
+        return largest_batch(plain, windows, room, max(1, CPU_TOKENS // context)) or 1
+    levels = range(MOST_SAVING + 1) if training.compiled else (training.saving,)
+    costs: dict[int, float] = {}  # of a token, by micro-batch
+    for level in levels:
+        if batch := largest_batch(replace(training, saving=level), windows, room):
+            cost = SLOWER[level] * (1 + FIXED_TOKENS / (batch * context))
+            costs[batch] = min(cost, costs.get(batch, math.inf))
+    return min(costs, key=costs.__getitem__, default=1)
 
 
 def smallest_change(training: Training, batch: int, windows: int, room: float) -> str:
@@ -100,13 +127,18 @@ def training_of(
     )
 
 
-def saving_of(settings: Mapping[str, Any], machine: Machine, micro: MicroBatch) -> int:
-    """How much memory a run that is about to be compiled has to save, as save_memory takes it."""
-    if machine.device.type != "cuda" or micro.sharded:
-        return 1
-    cannot, config = why_not_compile(machine.device), micro.model.config
-    training = training_of(settings, config, machine, 0.0, micro.count > 1, cannot)
-    return as_needed(training, micro.size, micro.windows, room_of(machine.device)).saving
+def settle(settings: Mapping[str, Any], machine: Machine, micro: MicroBatch, team: Team) -> None:
+    """Choose what a run that is about to be compiled takes at once, if nobody has, and saves.
+
+    As the rank with the least memory needs it.
+    """
+    device, config = machine.device, micro.model.config
+    training = training_of(settings, config, machine, 0.0, True, why_not_compile(device))
+    if not micro.size:
+        micro.take(team.least(at_once(training, micro.windows, room_of(device))))
+    if device.type == "cuda" and not micro.sharded:
+        needed = as_needed(training, micro.size, micro.windows, room_of(device))
+        micro.saving = team.most(needed.saving)
 
 
 def as_needed(training: Training, batch: int, windows: int, room: float | None) -> Training:

@@ -354,12 +354,15 @@ def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
         start.check(as_set, get_tokenizer(meta["tokenizer"], data), now, typed)
     config, context = start.config, start.config.max_position_embeddings
     windows = windows_of_rank(s["tokens_per_step"], context, 1)
-    batch = largest_divisor(windows, start.state.micro_batch or s["batch_size"])
     with torch.device("meta"):
         empty = GPT(config)
     flops = flops_per_token(empty) * s["tokens_per_step"] * s["max_iters"]
     cannot = "" if card else why_not_compile(device)
-    training = training_of(s, config, machine, flops, batch < windows, cannot)
+    training = training_of(s, config, machine, flops, True, cannot)
+    room = card.memory * GIB - fit.RESERVE["cuda"] if card else fit.room_of(device)
+    most = start.state.micro_batch or s["batch_size"] or fit.at_once(training, windows, room)
+    batch = largest_divisor(windows, most)
+    training = replace(training, accumulates=batch < windows)
     say(model_line(empty))
     say(data_line(data, training, s["tokens_per_step"], s["max_iters"]))
     name = f"{card.name}, not here" if card else ""

@@ -57,7 +57,11 @@ class MicroBatch:
         agreement: Agreement,
         sharded: bool = False,
     ) -> None:
-        self.windows, self.size = windows, largest_divisor(windows, state.micro_batch or most)
+        self.windows, most = windows, state.micro_batch or most  # 0: somebody will `take` a size
+        self.size = largest_divisor(windows, most) if most else 0
+        self.note = ""  # for the user to read
+        if self.size < most and not state.micro_batch:
+            self.note = f"batch_size={self.size}, which divides the {windows} windows of a rank"
         self.state, self.model, self.optimizer = state, model, optimizer
         self.agreement = agreement
         self.sharded = sharded  # ranks exchange weights in each micro-step
@@ -69,6 +73,11 @@ class MicroBatch:
     def count(self) -> int:
         """Micro-steps of an update."""
         return self.windows // self.size
+
+    def take(self, size: int) -> None:
+        """The size, where the settings leave it open; a resumed run has the same."""
+        self.size = self.state.micro_batch = size
+        self.note = f"batch_size=0: {size} windows at once are planned to be the fastest that fit"
 
     def line(self, context: int, ranks: int) -> str:
         """How an update falls into pieces, for the user to read."""

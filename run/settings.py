@@ -26,7 +26,7 @@ LEAST = {  # setting -> smallest value
     "vocab_size": 0,
     "seed": 0,
     "tokens_per_step": 1,
-    "batch_size": 1,
+    "batch_size": 0,
     "max_iters": 0,
     "warmup_iters": 0,
     "decay_share": 0,
@@ -78,6 +78,8 @@ def check(settings: Mapping[str, Any]) -> None:
         if s[name] not in known:
             words = f"{', '.join(known[:-1])} or {known[-1]}"
             problems.append(f"{name} must be {words}, not {s[name]!r}")
+    if s["eval_iters"] and not s["batch_size"]:
+        problems.append(f"eval_iters={s['eval_iters']} needs a batch_size, or take eval_windows")
     if s["sharded_checkpoints"] and s["parallel"] == "ddp":
         problems.append("sharded_checkpoints needs parallel fsdp or hsdp")
     if not s["checkpoint_minutes"] > 0:

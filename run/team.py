@@ -78,6 +78,10 @@ class Team:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)
 
+    def least(self, number: int) -> int:
+        """The smallest number of any rank."""
+        return -self.most(-number)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place, on any device."""
         if not self.alone:

@@ -695,8 +695,12 @@ def test_short_of_memory_in_the_first_compiled_step(script, tiny, graphs, kind, 
 
 def test_short_of_memory_less_is_kept_before_windows_are_halved(script, tiny, graphs, monkeypatch):
     """The first graph keeps all; the next two, of as many windows, are others."""
+
+    def none(micro):
+        micro.saving = 0
+
     graphs.error, graphs.above = SHORT["Triton"], 2
-    monkeypatch.setattr(fit, "saving_of", lambda *_: 0)
+    monkeypatch.setattr(fit, "settle", lambda settings, machine, micro, team: none(micro))
     result = script("train.py", *tiny, "--compile=True", "--max_iters=3")
     assert result.code == 0, result.err
     kept = result.out.index("going on with less kept for backward; same tokens")
@@ -1006,7 +1010,7 @@ def test_a_plan_for_cuda():
     assert "short" in compiling.why_uncompiled("auto", torch.device("cpu"), 1.0, "")
 
 
-@enters("fit.saving_of", "fit.as_needed")
+@enters("fit.settle", "fit.as_needed")
 def test_a_run_keeps_what_its_card_has_room_for(gpu, monkeypatch):
     """23 GiB are free, and no more is kept than 22 can hold."""
     where = machine.Machine(torch.device("cuda", 0), torch.bfloat16, "")
@@ -1014,17 +1018,39 @@ def test_a_run_keeps_what_its_card_has_room_for(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     settings = {"compile": "auto", "activation_checkpointing": False, "optimizer": "adamw"}
     micro = types.SimpleNamespace(model=types.SimpleNamespace(config=SIZE), sharded=False)
-    micro.size, micro.count, micro.windows = 4, 2, 8
+    micro.size, micro.windows = 4, 8
     for needed, saving in ((22, 0), (22.1, 1), (22.9, 1), (23.1, 2), (30, 2)):
 
         def peak(training, *_, needed=needed):  # or it traces
             return (needed - training.saving) * fit.GIB
 
         monkeypatch.setattr(fit, "peak", peak)
-        assert fit.saving_of(settings, where, micro) == saving
-        micro.sharded = True
-        assert fit.saving_of(settings, where, micro) == 1, "nobody computes what ranks share"
-        micro.sharded = False
+        micro.saving, micro.sharded = 1, False
+        fit.settle(settings, where, micro, team.Team())
+        assert micro.saving == saving
+        micro.saving, micro.sharded = 1, True
+        fit.settle(settings, where, micro, team.Team())
+        assert micro.saving == 1, "nobody computes what ranks share"
+
+
+@enters("fit.at_once")
+def test_the_fastest_micro_batch_that_fits(monkeypatch):
+    """A larger one spares fixed costs; not when it has to save memory, unless it is much larger."""
+
+    def peak(training, batch, windows):  # or it traces
+        return (4 + batch / (1, 1.5, 2)[training.saving]) * fit.GIB
+
+    monkeypatch.setattr(fit, "peak", peak)
+    training = memory.Training(GPTConfig(), torch.bfloat16, "cuda", True, False, True)
+
+    def chosen(gib, training=training):
+        return fit.at_once(training, 480, gib * fit.GIB)
+
+    assert [chosen(gib) for gib in (3, 5, 6, 10, 16, 28)] == [1, 2, 4, 12, 24, 24]
+    assert fit.at_once(training, 480, None) == 480
+    assert chosen(6, replace(training, compiled=False)) == 3, "nothing is saved uncompiled"
+    cpu = replace(training, device_type="cpu")
+    assert [chosen(gib, cpu) for gib in (3, 6, 100)] == [1, 3, 16], "16,384 tokens are enough"
 
 
 @enters("memory.uncompiled_on")

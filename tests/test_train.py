@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from formats import checkpoint
+from plan import fit
 from run.microbatch import largest_divisor, windows_of_rank
 from run.optim import Schedule, make_schedule
 from run.settings import eval_windows
@@ -365,6 +366,21 @@ def test_batch_size_is_the_most_windows_at_once(script, tiny):
     assert "batch_size=2, which divides the 8 windows of a rank" in result.out
 
 
+def test_a_batch_size_left_open(script, tiny, monkeypatch):
+    """As many windows as are planned to fit; a resumed run takes no others, whatever fits then."""
+    tiny = [*tiny, "--batch_size=0", "--eval_iters=0", "--eval_windows=4"]
+    free = {"bytes": 64 * 2**30}
+    monkeypatch.setattr(fit, "free_memory", lambda device: free["bytes"])
+    result = script("train.py", *tiny, "--max_iters=2", "--lr_decay_iters=4")
+    assert result.code == 0 and "8 x 32 x 1 micro-steps" in result.out
+    assert "batch_size=0: 8 windows at once are planned to be the fastest that fit" in result.out
+    free["bytes"] = 0.0
+    result = script("train.py", *tiny, "--max_iters=4", "--init_from=resume")
+    assert result.code == 0 and "8 x 32 x 1 micro-steps" in result.out
+    result = script("train.py", *tiny, "--max_iters=1", "--warmup_iters=0", "--overwrite=True")
+    assert result.code == 0 and "1 x 32 x 8 micro-steps" in result.out, "nothing fits"
+
+
 def test_the_windows_of_an_evaluation_do_not_depend_on_the_micro_batch():
     assert eval_windows({"eval_iters": 0, "eval_windows": 2400, "batch_size": 5}) == 2400
     assert eval_windows({"eval_iters": 200, "batch_size": 12}) == 2400, "an old checkpoint's"
@@ -377,7 +393,8 @@ def test_the_windows_of_an_evaluation_do_not_depend_on_the_micro_batch():
         (["--batch_size=two"], ["batch_size", "two"], 2),
         (["config/nothing.py"], ["config/nothing.py"], 2),
         (["--gradient_accumulation_steps=40"], ["tokens_per_step ="], 2),
-        (["--batch_size=0"], ["batch_size must be at least 1"], 1),
+        (["--batch_size=-1"], ["batch_size must be at least 0"], 1),
+        (["--batch_size=0", "--eval_iters=2"], ["eval_iters=2 needs a batch_size"], 1),
         (["--num_hidden_layers=10001"], ["num_hidden_layers must be at most 10000"], 1),
         (["--tokens_per_step=250"], ["tokens_per_step=250", "224 or 256"], 1),
         (["--eval_interval=0", "--beta2=1"], ["eval_interval", "beta2"], 1),

@@ -336,13 +336,13 @@ STEPS = (
     Step("reference", 113, reference),
     Step("out of memory", 25, out_of_memory),
     Step("resume", 42, resume),
-    Step("uncompiled", 22, uncompiled),
-    Step("activation checkpointing", 45, recomputed),
+    Step("uncompiled", 30, uncompiled),
+    Step("activation checkpointing", 75, recomputed),
     Step("float16", 18, loss_scaling),
-    Step("decoding", 50, decode),
+    Step("decoding", 80, decode),
     Step("evaluation", 17, evaluation),
     Step("torchrun", 28, torchrun),
-    Step("12 layers", 35, half_depth),
+    Step("12 layers", 67, half_depth),
     Step("cuDNN, profile", 35, profiled),
 )
 TESTS = 1  # this step runs last, in the time that is left

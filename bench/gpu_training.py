@@ -221,7 +221,8 @@ def training_of(settings: Figures, device: torch.device, vocabulary: int) -> tup
 def batch_that_fits(training: Training, windows: int, wanted: int, device: torch.device) -> int:
     """`wanted`, or on a small card as many windows at once as the plan gives it."""
     room = room_of(device) or math.inf
-    return largest_batch(training, windows, room, wanted) if room < AMPLE else wanted
+    saving = dataclasses.replace(training, saving=machine.most_saving(training.dtype))
+    return largest_batch(saving, windows, room, wanted) if room < AMPLE else wanted
 
 
 # --- what has to hold

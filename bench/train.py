@@ -3,7 +3,8 @@
 
 This model's training steps stand against those of transformers' Llama of the
 same shape and of other model.py files, on random tokens: tokens/s, the share of
-the speed of a large matrix product, peak memory of tensors.
+the speed of a large matrix product, peak memory of tensors. All models are on
+the device at once.
 """
 
 import sys
@@ -104,6 +105,8 @@ def main() -> None:
     shape = Shape(layers, hidden, batch, context)
     check(mode, dtype, png, repeats=repeats, micro_steps=micro_steps, **shape._asdict())
     place = machine.select_device(device)
+    if place.type == "cuda":
+        machine.tune(place)  # as the trainers do
     names = ["ours", "transformers", *peers(peer)]
     how = dtype, device, micro_steps
     kinds = [Kind(name, compiled, shape, *how) for compiled in MODES[mode] for name in names]

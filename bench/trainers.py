@@ -65,7 +65,7 @@ class Trainer:
         self.model, self.loss = build(kind.name, kind.shape.config)
         self.model.to(device)
         if kind.name == "ours":
-            machine.save_memory(self.model, saving_of(kind, dtype, device))
+            machine.save_memory(self.model, level_of(kind, dtype, device))
             machine.choose_attention(self.model, dtype)
         if hasattr(self.model, "configure_optimizers"):
             self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
@@ -91,7 +91,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def saving_of(kind: Kind, dtype: torch.dtype, device: torch.device) -> int:
+def level_of(kind: Kind, dtype: torch.dtype, device: torch.device) -> int:
     """How much memory our training has to save, as train.py decides."""
     windows = kind.shape.batch * kind.micro_steps
     training = Training(

@@ -16,9 +16,11 @@ from model import GPTConfig
 from plan import memory
 from plan.memory import Training
 from run.compiling import why_not_compile, why_uncompiled
-from run.machine import MOST_SAVING, Machine
+from run.log import say
+from run.machine import Machine, most_saving
 from run.microbatch import MicroBatch
 from run.team import Team
+from text.files import named_reason
 
 GIB = 2**30
 # Memory that is not in the graph. On a GPU, measured on one (an H200): CUDA's context and kernels
@@ -26,10 +28,10 @@ GIB = 2**30
 # mps and a CPU, where it is Python and torch, assumed.
 RESERVE = {"cuda": 1.0 * GIB, "mps": 1.0 * GIB, "cpu": 0.5 * GIB}
 # Computed for the reference on an RTX 3090 (docs/speed.md): what a micro-step costs whatever its
-# size (casts of weights, sums of gradients), in tokens, and how much longer the levels of
-# save_memory take.
+# size (casts of weights, sums of gradients), in tokens, and how much longer it takes when memory is
+# saved.
 FIXED_TOKENS = 275
-SLOWER = (1.0, 1.012, 1.008)
+SLOWER = 1.01
 CPU_TOKENS = 16384
 
 
@@ -63,11 +65,11 @@ def at_once(training: Training, windows: int, room: float | None) -> int:
     if training.device_type != "cuda":
         plain = replace(training, compiled=False)  # takes no less, and is traced sooner
         return largest_batch(plain, windows, room, max(1, CPU_TOKENS // context)) or 1
-    levels = range(MOST_SAVING + 1) if training.compiled else (training.saving,)
+    levels = (0, most_saving(training.dtype)) if training.compiled else (training.saving,)
     costs: dict[int, float] = {}  # of a token, by micro-batch
     for level in levels:
         if batch := largest_batch(replace(training, saving=level), windows, room):
-            cost = SLOWER[level] * (1 + FIXED_TOKENS / (batch * context))
+            cost = (SLOWER if level else 1) * (1 + FIXED_TOKENS / (batch * context))
             costs[batch] = min(cost, costs.get(batch, math.inf))
     return min(costs, key=costs.__getitem__, default=1)
 
@@ -130,15 +132,25 @@ def training_of(
 def settle(settings: Mapping[str, Any], machine: Machine, micro: MicroBatch, team: Team) -> None:
     """Choose what a run that is about to be compiled takes at once, if nobody has, and saves.
 
-    As the rank with the least memory needs it.
+    As the rank with the least memory needs it. A plan that fails, on a torch that traces otherwise,
+    costs a line.
     """
     device, config = machine.device, micro.model.config
     training = training_of(settings, config, machine, 0.0, True, why_not_compile(device))
+    micro.most_saving = most_saving(machine.dtype)
+    room, size, saving, windows = room_of(device), micro.size, 1, micro.windows
+    if room is not None and not team.alone:
+        room -= memory.states(config, "adamw", machine.dtype)[memory.GRADIENTS]  # DDP's buckets
+    try:
+        size = size or at_once(training, windows, room)
+        if device.type == "cuda" and not micro.sharded:
+            saving = as_needed(training, size, windows, room).saving
+    except Exception as e:  # whatever a tracer may raise
+        say(f"plan     failed, memory is saved ({named_reason(e)[:120]})")
+        saving = 1 if micro.sharded else micro.most_saving
     if not micro.size:
-        micro.take(team.least(at_once(training, micro.windows, room_of(device))))
-    if device.type == "cuda" and not micro.sharded:
-        needed = as_needed(training, micro.size, micro.windows, room_of(device))
-        micro.saving = team.most(needed.saving)
+        micro.take(max(1, team.least(size)))
+    micro.saving = team.most(saving)
 
 
 def as_needed(training: Training, batch: int, windows: int, room: float | None) -> Training:
@@ -148,9 +160,9 @@ def as_needed(training: Training, batch: int, windows: int, room: float | None) 
     """
     if training.device_type != "cuda" or not training.compiled or room is None:
         return training
-    levels = (replace(training, saving=n) for n in range(MOST_SAVING))
-    fits = (t for t in levels if peak(t, batch, windows) <= room)
-    return next(fits, replace(training, saving=MOST_SAVING))
+    whole = replace(training, saving=0)
+    fits = peak(whole, batch, windows) <= room
+    return whole if fits else replace(training, saving=most_saving(training.dtype))
 
 
 def room_of(device: torch.device) -> float | None:

@@ -29,7 +29,7 @@ from run import machine, muon, optim
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits and loss", "workspace")
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE = PARTS
-LAYERS = (2, 3)  # depths that are traced; memory grows by the same amount with each layer
+LAYERS = (3, 4)  # depths that are traced; memory grows by the same amount with each layer
 VIEWS = {"view", "permute", "slice", "expand", "unsqueeze", "squeeze", "t", "transpose", "select"}
 VIEWS |= {"alias", "split", "split_with_sizes", "as_strided", "detach"}
 REDUCTIONS = {"sum", "mean", "amax", "amin"}

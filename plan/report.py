@@ -35,9 +35,9 @@ from run.folder import check_disk, disk_needed
 from run.gpu import unused_gpu
 from run.log import say
 from run.machine import (
-    MOST_SAVING,
     Machine,
     autocast,
+    most_saving,
     save_memory,
     select_device,
     select_dtype,
@@ -97,7 +97,7 @@ def card_lines(training: Training, windows: int) -> Iterator[str]:
         dtype=torch.bfloat16,
         compiled=True,
         checkpointing=False,
-        saving=MOST_SAVING,
+        saving=most_saving(torch.bfloat16),
     )
     yield (
         f"cards    largest batch_size that fits and divides the step's {windows} windows "

@@ -19,7 +19,6 @@ SHORT_OF_MEMORY = (
     *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
     *("can't allocate memory", "not enough memory", "size calculation overflowed"),
 )
-MOST_SAVING = 2  # the last level of save_memory
 LOSS_PIECES = 8  # of a micro-batch, at that level
 
 
@@ -196,12 +195,17 @@ def describe(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads, {instructions}"
 
 
+def most_saving(dtype: torch.dtype) -> int:
+    """The level of save_memory for little memory. In float16 the sum over pieces could overflow."""
+    return 1 if dtype == torch.float16 else 2
+
+
 def save_memory(model: GPT, level: int) -> None:
     """Have a model that is about to be compiled take less memory.
 
     0: backward finds all that a matrix product reads, torch's default (2.13). 1: it computes
     SwiGLU's product and the norms again. 2: and the head and its loss come in pieces. On a CPU 1 is
-    as fast as 0; on paper an RTX 3090 takes 1.1% longer for 1 and no more than that for 2.
+    as fast as 0. A GPU goes from 0 to 2, which is no slower than 1 (docs/speed.md).
     """
     from torch._functorch import config  # only those who compile need it
 

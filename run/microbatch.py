@@ -9,7 +9,7 @@ import torch
 from model import GPT
 from run.agreement import Agreement, ShortElsewhere
 from run.log import say
-from run.machine import MOST_SAVING, is_oom, release_memory, save_memory
+from run.machine import is_oom, release_memory, save_memory
 from run.optim import moments
 from run.start import TrainState
 from text.files import reason
@@ -67,7 +67,7 @@ class MicroBatch:
         self.sharded = sharded  # ranks exchange weights in each micro-step
         self.device = model.embed_tokens.weight.device
         self.compiled = False
-        self.saving = 1  # see save_memory
+        self.saving = self.most_saving = 1  # see save_memory
 
     @property
     def count(self) -> int:
@@ -100,11 +100,10 @@ class MicroBatch:
         if self.compiled:
             torch.compiler.reset()  # graphs of the old size are of no use, and have a limit
         release_memory(self.device)
-        if self.compiled and not self.sharded and self.saving < MOST_SAVING:
-            self.saving += 1
+        if self.compiled and not self.sharded and self.saving < self.most_saving:
+            self.saving = self.most_saving
             save_memory(self.model, self.saving)
-            kept = {1: "less kept for backward", 2: "the loss in pieces"}[self.saving]
-            say(f"going on with {kept}; same tokens")
+            say("going on with less kept for backward; same tokens")
             return
         if self.size == 1:
             raise ValueError(

@@ -44,8 +44,8 @@ def shard(
 
     size = (team.ranks // team.local_ranks, team.local_ranks) if within_machines else (team.ranks,)
     mesh = init_device_mesh(device.type, size, mesh_dim_names=("replicas", "shards")[-len(size) :])
-    # Inputs stay as they are: the residual stream is float32 under autocast, too. So is what is
-    # no block's: embedding, last norm and head.
+    # Inputs stay as they are: autocast and the residual stream choose their types. What is no
+    # block's stays float32: embedding, last norm and head.
     low = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
     for part, policy in [*((block, low) for block in blocks), (model, full)]:

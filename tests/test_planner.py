@@ -247,13 +247,13 @@ def test_a_card_with_the_memory_keeps_all_for_backward():
     size = replace(DRY, vocab_size=4096)
     training = Training(size, torch.bfloat16, "cuda", True, False, True)
     whole, less, least = (fit.peak(replace(training, saving=n), 8, 16) for n in range(3))
-    assert whole > less > least
+    assert whole > less > least, "of a model in which logits are much"
 
     def saving(room, training=training):
         return fit.as_needed(training, 8, 16, room).saving
 
-    rooms = (whole, whole - 1, less, less - 1, least, least - 1)
-    assert [saving(room) for room in rooms] == [0, 1, 1, 2, 2, 2]
+    assert [saving(room) for room in (whole, whole - 1, less, least - 1)] == [0, 2, 2, 2]
+    assert saving(least, replace(training, dtype=torch.float16)) == 1
     assert saving(None) == 1
     assert saving(whole, replace(training, compiled=False)) == 1
     assert saving(whole, replace(training, device_type="cpu")) == 1

@@ -145,10 +145,11 @@ def planned(size, dtype, compiled, checkpointing, batch, windows, most=False):
     from model import GPTConfig
     from plan import fit
     from plan.memory import Training
-    from run.machine import MOST_SAVING
+    from run.machine import most_saving
 
+    saving = most_saving(dtype)
     training = Training(
-        GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True, saving=MOST_SAVING
+        GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True, saving=saving
     )
     if not most:
         room = fit.room_of(torch.device("cuda", torch.cuda.current_device()))

@@ -82,13 +82,11 @@ def test_activation_checkpointing_takes_less(only_cuda, plain, saving):
     assert saving[0].updates[4]["peak"] < 0.95 * plain[0].updates[4]["peak"]
 
 
-def test_out_of_memory_halves_the_batch_and_keeps_the_run(short, plain, where):
+def test_out_of_memory_halves_the_batch_and_keeps_the_run(short, plain):
     """The compiler's own errors for it were taken for a failure to compile."""
     run = short[0]
     assert f"out of memory with batch_size={WINDOWS}" in run.out
-    if where.type == "cuda":  # first
-        assert "going on with less kept for backward" in run.out, run.out
-    assert "going on with the loss in pieces" in run.out, run.out
+    assert "going on with less kept for backward" in run.out, run.out
     assert f"going on with {BATCH} x 2 micro-steps" in run.out, run.out
     assert_compiled(run)
     assert_close(run.losses(), plain[0].losses(), range(4), 0.01)

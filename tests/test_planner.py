@@ -242,6 +242,17 @@ def test_a_plan_of_a_resumed_run_is_for_what_is_left(script, tiny):
     assert "hours for 12 updates" in result.out and "each at 50% of 71 TFLOP/s" in result.out
 
 
+@pytest.mark.parametrize(
+    ("name", "share", "word"), [("RTX3090", 0.68, "reported"), ("H200", 0.437, "measured")]
+)
+def test_the_share_of_its_peak_that_a_card_is_known_to_reach(name, share, word):
+    card = cards.find_card(name)
+    found, source = cards.assumed_share(card, torch.bfloat16, 1024, 12288)
+    assert found == share and word in source
+    assert cards.assumed_share(card, torch.float32, 1024, 12288) == (0.5, "a guess")
+    assert cards.assumed_share(cards.find_card("RTX4090"), torch.bfloat16, 1024, 12288)[0] == 0.5
+
+
 def test_a_card_with_the_memory_keeps_all_for_backward():
     """The faster way, where it fits; never on a CPU, uncompiled, or where nobody knows the room."""
     size = replace(DRY, vocab_size=4096)

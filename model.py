@@ -316,14 +316,14 @@ class GPT(nn.Module):
         x = self.walk(x, Positions(self.cos[:T, None], self.sin[:T, None]))
         if targets is None:
             return self.lm_head(self.norm(x[:, -1:])), None
-        rows, wanted, head = self.norm(x).flatten(0, 1), targets.reshape(-1), self.lm_head
+        x, y, head = self.norm(x), targets.reshape(-1), self.lm_head
         if loss_only and self.loss_pieces > 1:
-            how = head.weight, wanted, IGNORE_INDEX, self.loss_pieces
-            return None, loss_in_pieces(rows.to(compute_dtype(x)), *how)
-        logits: Tensor = head(rows)
-        loss: Tensor = CrossEntropy.apply(logits, wanted, loss_only)  # type: ignore[no-untyped-call]
+            return None, loss_in_pieces(x.to(compute_dtype(x)), head.weight, y, self.loss_pieces)
+        logits: Tensor = head(x)
+        rows = logits.view(-1, logits.size(-1))
+        loss: Tensor = CrossEntropy.apply(rows, y, loss_only)  # type: ignore[no-untyped-call]
         # Logits with a gradient would have a compiled backward read zeros of their size.
-        return None if loss_only else logits.detach().view(*idx.shape, -1), loss
+        return None if loss_only else logits.detach(), loss
 
     def at(self, slots: Tensor, cache: KVCache | None, mask: Tensor | None) -> Positions:
         """The positions `slots`, (T,) or (B, T), for `walk`."""

@@ -5,15 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+IGNORED = -1  # a target that does not count: the model's IGNORE_INDEX
 
-def loss_in_pieces(x: Tensor, weight: Tensor, targets: Tensor, ignored: int, pieces: int) -> Tensor:
+
+def loss_in_pieces(x: Tensor, weight: Tensor, targets: Tensor, pieces: int) -> Tensor:
     """Mean cross-entropy, () float32, in nats per target that counts.
 
-    x (N, C), whose type the products have, weight (V, C), targets (N,) int64. ignored: the target
-    that does not count.
+    x (B, T, C), whose type the products have, weight (V, C), targets (B * T,) int64.
     """
-    learn = torch.is_grad_enabled()
-    loss: Tensor = LossInPieces.apply(x, weight, targets, ignored, pieces, learn)  # type: ignore[no-untyped-call]
+    how = weight, targets, pieces, torch.is_grad_enabled()
+    loss: Tensor = LossInPieces.apply(x.flatten(0, 1), *how)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -26,10 +27,10 @@ class LossInPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignored: int, pieces: int, learn: bool
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, pieces: int, learn: bool
     ) -> Tensor:
-        """As loss_in_pieces. learn: there will be a backward pass."""
-        counts, targets = targets != ignored, targets.clamp(min=0)
+        """As loss_in_pieces, but for x (N, C). learn: there will be a backward pass."""
+        counts, targets = targets != IGNORED, targets.clamp(min=0)
         w, rows = weight.to(x.dtype), -(-len(x) // pieces)
         ids = torch.arange(len(w), dtype=torch.int32, device=x.device)
         total, dw, dx = x.new_zeros((), dtype=torch.float32), None, []
@@ -55,4 +56,4 @@ class LossInPieces(torch.autograd.Function):
         """Softmax less 1 at the target, times what the loss is worth."""
         dx, dw, counts = ctx.saved_tensors
         share = grad / counts.sum()
-        return (dx * share).to(dx.dtype), dw.float() * share, None, None, None, None
+        return (dx * share).to(dx.dtype), dw.float() * share, None, None, None

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from making.attend import attend_one
-from making.pieces import loss_in_pieces
+from making.pieces import log_sum, loss_in_pieces, slope
 from making.sampling import stream
 
 INIT_STD = 0.02  # GPT-2's; the two projections into the residual stream get less, see GPT.__init__
@@ -238,8 +238,7 @@ class CrossEntropy(torch.autograd.Function):
         """
         counts, targets = targets != IGNORE_INDEX, targets.clamp(min=0)
         if torch.compiler.is_compiling():
-            top = logits.float().amax(1, keepdim=True)  # in steps: the compiler reads logits once
-            lse = (top + (logits.float() - top).exp().sum(1, keepdim=True).log())[:, 0]
+            lse = log_sum(logits)[:, 0]
         else:
             ctx.rows = max(1, (LOSS_CHUNK if logits.is_cpu else LOSS_CHUNK_GPU) // logits.size(1))
             starts = range(0, len(logits), ctx.rows)
@@ -255,9 +254,7 @@ class CrossEntropy(torch.autograd.Function):
         logits, targets, counts, lse = ctx.saved_tensors
         share = (counts * (grad / counts.sum()))[:, None]
         if torch.compiler.is_compiling():
-            ids = torch.arange(logits.size(1), dtype=torch.int32, device=logits.device)
-            hit = ids == targets.int()[:, None]  # int32 and no scatter: the loop is vectorised
-            found = (logits.float() - lse[:, None]).exp() - hit.float()
+            found = slope(logits, lse[:, None], targets)
             return (found * share).to(logits.dtype), None, None
         found = logits if ctx.spend else torch.empty_like(logits)
         for i in range(0, len(logits), ctx.rows):
@@ -316,12 +313,13 @@ class GPT(nn.Module):
         x = self.walk(x, Positions(self.cos[:T, None], self.sin[:T, None]))
         if targets is None:
             return self.lm_head(self.norm(x[:, -1:])), None
-        x, y, head = self.norm(x), targets.reshape(-1), self.lm_head
+        x, wanted = self.norm(x), targets.reshape(-1)
         if loss_only and self.loss_pieces > 1:
-            return None, loss_in_pieces(x.to(compute_dtype(x)), head.weight, y, self.loss_pieces)
-        logits: Tensor = head(x)
+            how = self.lm_head.weight, wanted, IGNORE_INDEX, self.loss_pieces
+            return None, loss_in_pieces(x.to(compute_dtype(x)), *how)
+        logits: Tensor = self.lm_head(x)
         rows = logits.view(-1, logits.size(-1))
-        loss: Tensor = CrossEntropy.apply(rows, y, loss_only)  # type: ignore[no-untyped-call]
+        loss: Tensor = CrossEntropy.apply(rows, wanted, loss_only)  # type: ignore[no-untyped-call]
         # Logits with a gradient would have a compiled backward read zeros of their size.
         return None if loss_only else logits.detach(), loss
 

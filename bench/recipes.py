@@ -282,7 +282,11 @@ def spread(numbers: Sequence[float], digits: int) -> str:
     return f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
 
 
-def finals(size: Size, best: Values, seeds: int) -> "Compared":
+BASELINES = ("reference", "adamw")
+Compared = dict[str, list[list[Run]]]  # as `finals` returns it
+
+
+def finals(size: Size, best: Values, seeds: int) -> Compared:
     """The runs to compare, by name: for each seed those of several lengths, the longest last."""
     ours = recipe(size)
     return {
@@ -290,10 +294,6 @@ def finals(size: Size, best: Values, seeds: int) -> "Compared":
         "adamw": [[Run(size, "adamw", adamw(size, best), s)] for s in range(seeds)],
         "recipe": [[Run(size, "recipe", ours, s, part) for part in PARTS] for s in range(seeds)],
     }
-
-
-BASELINES = ("reference", "adamw")
-Compared = dict[str, list[list[Run]]]  # as `finals` returns it
 
 
 def final_losses(bench: Bench, several: list[list[Run]]) -> list[float]:

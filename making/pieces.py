@@ -1,19 +1,34 @@
-"""The head and its loss in pieces, for a card that cannot hold the logits of a micro-batch."""
+"""Cross-entropy for the compiler, and in pieces for a card that cannot hold all the logits."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-IGNORED = -1  # a target that does not count: the model's IGNORE_INDEX
+
+def log_sum(logits: Tensor) -> Tensor:
+    """(N, V) -> (N, 1) float32, the logarithm of the sum of a row's exponentials.
+
+    In these steps the compiler reads the logits once.
+    """
+    top = logits.float().amax(1, keepdim=True)
+    return top + (logits.float() - top).exp().sum(1, keepdim=True).log()
 
 
-def loss_in_pieces(x: Tensor, weight: Tensor, targets: Tensor, pieces: int) -> Tensor:
+def slope(logits: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
+    """Softmax less 1 at the target: of logits (N, V), lse (N, 1) and targets (N,), float32."""
+    ids = torch.arange(logits.size(1), dtype=torch.int32, device=logits.device)
+    hit = ids == targets.int()[:, None]  # int32 and no scatter: the loop is vectorised
+    return (logits.float() - lse).exp() - hit.float()
+
+
+def loss_in_pieces(x: Tensor, weight: Tensor, targets: Tensor, ignored: int, pieces: int) -> Tensor:
     """Mean cross-entropy, () float32, in nats per target that counts.
 
-    x (B, T, C), whose type the products have, weight (V, C), targets (B * T,) int64.
+    x (B, T, C), whose type the products have, weight (V, C), targets (B * T,) int64. ignored: the
+    target that does not count.
     """
-    how = weight, targets, pieces, torch.is_grad_enabled()
+    how = weight, targets, ignored, pieces, torch.is_grad_enabled()
     loss: Tensor = LossInPieces.apply(x.flatten(0, 1), *how)  # type: ignore[no-untyped-call]
     return loss
 
@@ -27,24 +42,20 @@ class LossInPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, pieces: int, learn: bool
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignored: int, pieces: int, learn: bool
     ) -> Tensor:
         """As loss_in_pieces, but for x (N, C). learn: there will be a backward pass."""
-        counts, targets = targets != IGNORED, targets.clamp(min=0)
+        counts, targets = targets != ignored, targets.clamp(min=0)
         w, rows = weight.to(x.dtype), -(-len(x) // pieces)
-        ids = torch.arange(len(w), dtype=torch.int32, device=x.device)
         total, dw, dx = x.new_zeros((), dtype=torch.float32), None, []
         for i in range(0, len(x), rows):
             part, wanted, count = x[i : i + rows], targets[i : i + rows], counts[i : i + rows]
             logits = part @ w.t()
-            top = logits.float().amax(1, keepdim=True)
-            lse = top + (logits.float() - top).exp().sum(1, keepdim=True).log()
+            lse = log_sum(logits)
             picked = logits.gather(1, wanted[:, None])
             total = total + ((lse - picked)[:, 0] * count).sum()
             if learn:
-                hit = ids == wanted.int()[:, None]
-                d = ((logits.float() - lse).exp() - hit.float()) * count[:, None]
-                d = d.to(x.dtype)
+                d = (slope(logits, lse, wanted) * count[:, None]).to(x.dtype)
                 dx.append(d @ w)
                 dw = d.t() @ part if dw is None else torch.addmm(dw, d.t(), part)
         if learn:
@@ -56,4 +67,4 @@ class LossInPieces(torch.autograd.Function):
         """Softmax less 1 at the target, times what the loss is worth."""
         dx, dw, counts = ctx.saved_tensors
         share = grad / counts.sum()
-        return (dx * share).to(dx.dtype), dw.float() * share, None, None, None
+        return (dx * share).to(dx.dtype), dw.float() * share, None, None, None, None

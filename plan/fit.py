@@ -32,7 +32,7 @@ RESERVE = {"cuda": 1.0 * GIB, "mps": 1.0 * GIB, "cpu": 0.5 * GIB}
 # saved.
 FIXED_TOKENS = 275
 SLOWER = 1.01
-CPU_TOKENS = 16384
+CPU_TOKENS = 16384  # chosen, not measured
 
 
 def divisors(n: int) -> list[int]:
@@ -58,20 +58,20 @@ def largest_batch(training: Training, windows: int, room: float, most: int = 0) 
 def at_once(training: Training, windows: int, room: float | None) -> int:
     """The micro-batch that divides a step's windows and is fastest, of those that fit in `room`.
 
-    On a GPU a larger one spares fixed costs, unless it has to save memory for that; elsewhere more
-    than CPU_TOKENS at once are no faster. room: None = unknown, and all fits. At least 1.
+    On a GPU a larger one spares fixed costs, unless it has to save memory for that; elsewhere it
+    takes at most CPU_TOKENS at once. room: None = unknown, and all fits. At least 1.
     """
     context, room = training.config.max_position_embeddings, math.inf if room is None else room
     if training.device_type != "cuda":
         plain = replace(training, compiled=False)  # takes no less, and is traced sooner
         return largest_batch(plain, windows, room, max(1, CPU_TOKENS // context)) or 1
     levels = (0, most_saving(training.dtype)) if training.compiled else (training.saving,)
-    costs: dict[int, float] = {}  # of a token, by micro-batch
+    found = []  # cost of a token, micro-batch
     for level in levels:
         if batch := largest_batch(replace(training, saving=level), windows, room):
             cost = (SLOWER if level else 1) * (1 + FIXED_TOKENS / (batch * context))
-            costs[batch] = min(cost, costs.get(batch, math.inf))
-    return min(costs, key=costs.__getitem__, default=1)
+            found.append((cost, batch))
+    return min(found, default=(0, 1))[1]
 
 
 def smallest_change(training: Training, batch: int, windows: int, room: float) -> str:
@@ -148,9 +148,9 @@ def settle(settings: Mapping[str, Any], machine: Machine, micro: MicroBatch, tea
     except Exception as e:  # whatever a tracer may raise
         say(f"plan     failed, memory is saved ({named_reason(e)[:120]})")
         saving = 1 if micro.sharded else micro.most_saving
+    less, micro.saving = team.most(-size, saving)
     if not micro.size:
-        micro.take(max(1, team.least(size)))
-    micro.saving = team.most(saving)
+        micro.take(max(1, -less))
 
 
 def as_needed(training: Training, batch: int, windows: int, room: float | None) -> Training:

@@ -65,6 +65,11 @@ SAVINGS = (  # what is said of save_memory's levels
 # ---------------------------------------------------------------- memory
 
 
+def room_on(device: torch.device, card: cards.Card | None) -> float | None:
+    """Bytes less the reserve of a card that is not here, or of this machine's device."""
+    return card.memory * GIB - fit.RESERVE["cuda"] if card else fit.room_of(device)
+
+
 def memory_lines(training: Training, batch: int, room: float | None, where: str) -> Iterator[str]:
     """The parts of a run's memory as a table, against what there is. room excludes the reserve."""
     parts = memory.at_peak(training, batch)
@@ -281,7 +286,6 @@ def plan(
     world_size: int,
 ) -> Iterator[str]:
     """Lines on memory, cards, time and scaling; card is planned for instead of device.
-
     steps: updates of the whole run, of which `done` are over. Raises ValueError at the end, with
     the smallest change that fits, when the run does not fit.
     """
@@ -299,8 +303,7 @@ def plan(
         f"{micro_steps} micro-steps), {steps * tokens_per_step / 1e9:.3g} B tokens, "
         f"{flops:.3g} FLOP each"
     )
-    reserve = fit.RESERVE[training.device_type]
-    room = card.memory * GIB - reserve if card else fit.room_of(device)
+    room = room_on(device, card)
     training = as_needed(training, batch, windows, room)
     yield from memory_lines(training, batch, room, card.name if card else "free memory")
     yield from card_lines(training, windows)
@@ -359,7 +362,7 @@ def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
     flops = flops_per_token(empty) * s["tokens_per_step"] * s["max_iters"]
     cannot = "" if card else why_not_compile(device)
     training = training_of(s, config, machine, flops, True, cannot)
-    room = card.memory * GIB - fit.RESERVE["cuda"] if card else fit.room_of(device)
+    room = room_on(device, card)
     most = start.state.micro_batch or s["batch_size"] or fit.at_once(training, windows, room)
     batch = largest_divisor(windows, most)
     training = replace(training, accumulates=batch < windows)

@@ -19,7 +19,7 @@ SHORT_OF_MEMORY = (
     *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
     *("can't allocate memory", "not enough memory", "size calculation overflowed"),
 )
-LOSS_PIECES = 8  # of a micro-batch, at that level
+LOSS_PIECES = 8  # of a micro-batch, at the last level of save_memory
 
 
 @dataclass(frozen=True)

@@ -64,23 +64,15 @@ class Team:
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether a rank raised it."""
-        if self.alone:
-            return flags
-        raised = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return tuple(map(bool, raised.tolist()))
+        return tuple(map(bool, self.most(*flags)))
 
-    def most(self, number: int) -> int:
-        """The largest number of any rank."""
+    def most(self, *numbers: int) -> list[int]:
+        """For each number, the largest of any rank."""
         if self.alone:
-            return number
-        most = torch.tensor(number)
+            return list(numbers)
+        most = torch.tensor(numbers, dtype=torch.int32)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
-
-    def least(self, number: int) -> int:
-        """The smallest number of any rank."""
-        return -self.most(-number)
+        return [int(n) for n in most.tolist()]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place, on any device."""

@@ -48,10 +48,12 @@ class GPTConfig:
     mlp_bias: bool = False  # of the MLP's three projections
 
     def __post_init__(self) -> None:
+        sizes = [f.name for f in fields(self) if f.type in (int, float) and f.name != "dropout"]
+        least = {"rope_theta": 1}  # below, the angles overflow
         problems = [
-            f"{f.name} must be positive, not {getattr(self, f.name)}"
-            for f in fields(self)
-            if f.type in (int, float) and f.name != "dropout" and not getattr(self, f.name) > 0
+            f"{name} must be above {least.get(name, 0)} and below 2^40, not {getattr(self, name)}"
+            for name in sizes
+            if not least.get(name, 0) < getattr(self, name) < 2**40
         ]
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout must be at least 0 and below 1, not {self.dropout}")

@@ -97,7 +97,7 @@ decay_share = 0.2  # how much of the updates the rate of wsd falls in
 lr_decay_iters = 0  # updates until min_lr is reached; 0 = max_iters
 decay_lr = True  # False: always the peak, no warm-up
 weight_decay = 0.1  # on tensors of 2 or more dimensions
-beta1 = 0.9  # how much of the mean gradient an update keeps
+beta1 = 0.9  # of AdamW: how much of the mean gradient an update keeps
 beta2 = 0.95  # the same of the mean squared gradient
 grad_clip = 1.0  # largest gradient norm; 0 = off
 max_skipped = 10  # updates in a row with a loss or gradient that is not finite before giving up
@@ -213,9 +213,7 @@ def main() -> None:
     optimizer = optim.configure_optimizer(model, *rates, name, machine.dtype, muon_lr)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     start.restore(model, optimizer, scaler, team)
-    schedule = optim.make_schedule(
-        learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters, lr_schedule, decay_share
-    )
+    schedule = optim.schedule_of(settings)
 
     # --- what keeps the run alive, and what it leaves behind
     in_parts = sharded_checkpoints and sharded
@@ -292,7 +290,7 @@ def main() -> None:
                 break
 
             log.begin()
-            rate = schedule.at(step) if decay_lr else learning_rate
+            rate = schedule.at(step)
             optim.set_rate(optimizer, rate)
             for attempt in micro.attempts():
                 with attempt:

@@ -84,6 +84,8 @@ def load_peer(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules["peer"] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
+    if not (hasattr(module, "GPT") and dataclasses.is_dataclass(getattr(module, "GPTConfig", 0))):
+        raise ValueError(f"peer={path} has no GPT with a GPTConfig, as nanoGPT's model.py has")
     return module
 
 

@@ -17,27 +17,29 @@ if __name__ == "__main__":  # the repository, not this folder, whose train.py is
 
     interrupt.take(interrupt.end)
 
+import contextlib
 import json
 import math
 import os
 import statistics
 import subprocess
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from bench.commands import started
+from bench.commands import LOOK_S, started
 from bench.settings import check
 from configurator import configure
 from run import machine, script
 from run.records import read_records
 from run.settings import check_folder
 from text import files
-from text.files import path_of
+from text.files import path_of, reason
+from text.tokens import read_meta
 
 # what
 dataset = ""  # a folder of data/prepare.py, with 20 million tokens for the largest size
@@ -171,53 +173,105 @@ def flags_of(run: Run, folder: Path, data: Path, share: float) -> list[str]:
     return [f"--{k}={v}" for k, v in settings.items()]
 
 
-def train(run: Run, out: Path, kept: Path, data: Path, share: float, threads: int) -> None:
-    """Make a run, or go on with it, and keep its curve; nothing when that is there already."""
-    curve, folder = kept / f"{run.key(share)}.json", out / run.key(share)
-    if curve.exists():
-        return
+@contextlib.contextmanager
+def training(command: Sequence[str], threads: int) -> Iterator[Callable[[], bool]]:
+    """A run of train.py, as a function that tells whether it has ended; left early, it is killed.
+
+    The function raises ValueError with the last line of a run that has failed.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = ["train.py", *flags_of(run, folder, data, share)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with started(command, environment, **pipes) as process:
-        _, err = process.communicate()
-    if process.returncode:
-        last = (err.decode(errors="replace").strip() or "no message").splitlines()[-1]
-        raise ValueError(f"{' '.join(command)} failed: {last}")
-    points = [r for r in read_records(folder / "metrics.jsonl") if "val_loss" in r]
-    kept.mkdir(parents=True, exist_ok=True)
-    found = {
-        "size": run.size.name,
-        "settings": dict(run.how),
-        "seed": run.seed,
-        "dataset": data.name,
-        "machine": f"{machine.describe(machine.select_device('auto'))}, torch {torch.__version__}",
-        "tokens": [r["tokens"] for r in points],
-        "loss": [round(r["val_loss"], 5) for r in points],
-    }
-    files.write(curve, json.dumps(found, indent=1) + "\n")
-    for path in folder.glob("*.pt"):
-        path.unlink()
+    with (
+        tempfile.TemporaryFile() as err,
+        started(command, environment, stdout=subprocess.DEVNULL, stderr=err) as process,
+    ):
+
+        def ended() -> bool:
+            if process.poll():
+                err.seek(0)
+                lines = err.read().decode(errors="replace").strip().splitlines()
+                last = lines[-1] if lines else "no message"
+                raise ValueError(f"{' '.join(command)} failed: {last}")
+            return process.returncode == 0
+
+        yield ended
 
 
 class Bench:
-    """Runs by name, each made once, and their losses."""
+    """Runs by name, each made once, and their losses.
+
+    A text's runs and curves never go on with another's.
+    """
 
     def __init__(self, out: Path, kept: Path, data: Path, share: float, jobs: int) -> None:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.kept, self.share, self.jobs = kept, share, jobs
-        self.make = partial(train, out=out, kept=kept, data=data, share=share, threads=threads)
+        self.kept, self.data, self.share, self.jobs = kept, data, share, jobs
+        self.text: dict[str, Any] = {"dataset": data.name}
+        if data.is_dir():  # its curves are as good without it
+            self.text["train_tokens"] = read_meta(data)["splits"]["train"]["tokens"]
+        self.out = out / "-".join(map(str, self.text.values()))
+
+    def path(self, run: Run) -> Path:
+        """Of a run's curve."""
+        return self.kept / f"{run.key(self.share)}.json"
 
     def curve(self, run: Run) -> dict[str, Any]:
-        """A finished run's curve."""
-        path = self.kept / f"{run.key(self.share)}.json"
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        """A finished run's curve. Raises ValueError for one that is damaged, or of another text."""
+        path = self.path(run)
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            points = list(zip(found["tokens"], found["loss"], strict=True))
+            whole = bool(points) and all(math.isfinite(n) for point in points for n in point)
+            theirs = {k: found[k] for k in self.text}
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path} is no curve ({reason(e)}); remove it") from e
+        if not whole:
+            raise ValueError(f"{path} has no losses; remove it")
+        if theirs != self.text:
+            ours, other = (", ".join(map(str, text.values())) for text in (self.text, theirs))
+            raise ValueError(f"{path} is of {other}, not of {ours}; take another --curves")
         return found
 
+    def keep(self, run: Run) -> None:
+        """Write the curve of a run that has ended, and remove its checkpoints."""
+        folder = self.out / run.key(self.share)
+        points = [r for r in read_records(folder / "metrics.jsonl") if "val_loss" in r]
+        where = machine.describe(machine.select_device("auto"))
+        found = {
+            "size": run.size.name,
+            "settings": dict(run.how),
+            "seed": run.seed,
+            **self.text,
+            "machine": f"{where}, torch {torch.__version__}",
+            "tokens": [r["tokens"] for r in points],
+            "loss": [round(r["val_loss"], 5) for r in points],
+        }
+        self.kept.mkdir(parents=True, exist_ok=True)
+        files.write(self.path(run), json.dumps(found, indent=1) + "\n")
+        for path in folder.glob("*.pt"):
+            path.unlink()
+
+    def make(self, runs: Sequence[Run]) -> None:
+        """Train, as many at a time as there are jobs. The first that fails ends the others."""
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        waiting = list(runs)
+        with contextlib.ExitStack() as stack:
+            going: dict[Run, Callable[[], bool]] = {}
+            while waiting or going:
+                while waiting and len(going) < self.jobs:
+                    run = waiting.pop(0)
+                    folder = self.out / run.key(self.share)
+                    command = ["train.py", *flags_of(run, folder, self.data, self.share)]
+                    going[run] = stack.enter_context(training(command, threads))
+                time.sleep(LOOK_S)
+                for run in [run for run, ended in going.items() if ended()]:
+                    self.keep(run)
+                    del going[run]
+
     def losses(self, runs: Sequence[Run]) -> list[float]:
-        """Make the runs, as many at a time as there are jobs; their final losses."""
-        with ThreadPoolExecutor(self.jobs) as threads:
-            list(threads.map(self.make, runs))
+        """Make the runs that are not there yet; the final losses of all."""
+        there = [run for run in runs if self.path(run).exists()]
+        for run in there:
+            self.curve(run)  # wrong ones are found before hours of training
+        self.make([run for run in runs if run not in there])
         found = [self.curve(run)["loss"][-1] for run in runs]
         for run, loss in zip(runs, found, strict=True):
             how = ", ".join(f"{k}={v}" for k, v in run.how)

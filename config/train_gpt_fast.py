@@ -34,4 +34,5 @@ min_lr = 0.0
 
 eval_interval = 400
 eval_windows = 2400
+milestone_interval = 4000  # the rate falls from 4,125 on: the first can be prolonged
 reference = "assets/curves/easygpt.jsonl"  # the original run; the log says how far this one is

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from model import GPTConfig
+from model import GPT, GPTConfig, num_parameters
 from plan import memory
 from plan.memory import Training
 from run.compiling import why_not_compile, why_uncompiled
@@ -33,6 +33,7 @@ RESERVE = {"cuda": 1.0 * GIB, "mps": 1.0 * GIB, "cpu": 0.5 * GIB}
 FIXED_TOKENS = 275
 SLOWER = 1.01
 CPU_TOKENS = 16384  # chosen, not measured
+BUCKETS, GATHERED, SHARES = "DDP's buckets", "gathered layers", "shares of all"  # parts, of ranks
 
 
 def divisors(n: int) -> list[int]:
@@ -40,10 +41,46 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def peak(training: Training, batch: int, windows: int) -> float:
-    """Bytes at the peak of a step of so many windows, batch of them at a time."""
+def parts_at_peak(training: Training, batch: int, windows: int) -> dict[str, float]:
+    """Bytes of a rank by part at the peak of a step of so many windows a rank, batch at a time."""
+    if training.shards > 1:
+        return sharded(training, batch, windows)
     parts = memory.at_peak(replace(training, accumulates=batch < windows), batch)
-    return sum(parts.values())
+    if training.ranks > 1:
+        state = memory.states(training.config, training.optimizer, training.dtype)
+        parts[BUCKETS] = state[memory.GRADIENTS]
+    return parts
+
+
+def sharded(training: Training, batch: int, windows: int) -> dict[str, float]:
+    """The same when weights, gradients and moments are spread over the ranks (FSDP2).
+
+    Beside its shares a rank has embedding, last norm and head with their gradient in float32, and
+    two layers gathered in the type they compute in, with their gradients in that type and float32.
+    With several micro-steps it has all layers and all gradients until the last one.
+    """
+    parts = memory.at_peak(replace(training, accumulates=False), batch)
+    with torch.device("meta"):
+        model = GPT(training.config)
+    total, layer = num_parameters(model), num_parameters(model.layers[0])
+    layers = training.config.num_hidden_layers * layer
+    rest, width = total - layers, training.dtype.itemsize
+    gathered = 8 * rest + 2 * (2 * width + 4) * layer
+    if batch < windows:
+        gathered = 8 * rest + (width + 4) * layers
+    used = {p: parts[p] for p in (memory.ACTIVATIONS, memory.LOGITS, memory.WORKSPACE)}
+    state = memory.states(training.config, training.optimizer, training.dtype)
+    kept = 4 * total + state[memory.OPTIMIZER]
+    # when backward begins there are no shards of gradients yet; when it ends, no activations
+    begins = {**used, SHARES: kept / training.shards}
+    ends = {SHARES: 4 * rest + (kept + 4 * total) / training.shards}
+    larger = begins if sum(begins.values()) > sum(ends.values()) else ends
+    return {GATHERED: float(gathered), **larger}
+
+
+def peak(training: Training, batch: int, windows: int) -> float:
+    """Bytes of a rank at the peak of a step of so many windows a rank, batch of them at a time."""
+    return sum(parts_at_peak(training, batch, windows).values())
 
 
 def largest_batch(training: Training, windows: int, room: float, most: int = 0) -> int:
@@ -65,7 +102,8 @@ def at_once(training: Training, windows: int, room: float | None) -> int:
     if training.device_type != "cuda":
         plain = replace(training, compiled=False)  # takes no less, and is traced sooner
         return largest_batch(plain, windows, room, max(1, CPU_TOKENS // context)) or 1
-    levels = (0, most_saving(training.dtype)) if training.compiled else (training.saving,)
+    whole = training.compiled and training.shards == 1
+    levels = (0, most_saving(training.dtype)) if whole else (training.saving,)
     found = []  # cost of a token, micro-batch
     for level in levels:
         if batch := largest_batch(replace(training, saving=level), windows, room):
@@ -78,7 +116,7 @@ def smallest_change(training: Training, batch: int, windows: int, room: float) -
     """What to type so that a run fits in `room` bytes; "" when it does as it is.
 
     In this order: a smaller micro-batch, which changes nothing of the result, activation
-    checkpointing, which costs time, fewer layers, which are another model.
+    checkpointing, which costs time, several ranks' shards, fewer layers, which are another model.
     """
     if peak(training, batch, windows) <= room:
         return ""
@@ -87,6 +125,10 @@ def smallest_change(training: Training, batch: int, windows: int, room: float) -
     training, flags = replace(training, checkpointing=True), "--activation_checkpointing=True"
     if found := largest_batch(training, windows, room, batch):
         return f"{flags} --batch_size={found}"
+    if training.ranks > training.shards:
+        training, flags = replace(training, parallel="fsdp", saving=1), f"{flags} --parallel=fsdp"
+        if found := largest_batch(training, windows, room, batch):
+            return f"{flags} --batch_size={found}"
     for layers in range(training.config.num_hidden_layers - 1, 0, -1):
         config = replace(training.config, num_hidden_layers=layers)
         if peak(replace(training, config=config), 1, windows) <= room:
@@ -116,6 +158,7 @@ def training_of(
     flops: float,
     accumulates: bool,
     cannot: str,
+    ranks: int,
 ) -> Training:
     """What the plan has to know of a run of `flops`. cannot: why it could not be compiled."""
     return Training(
@@ -126,29 +169,30 @@ def training_of(
         checkpointing=settings["activation_checkpointing"],
         accumulates=accumulates,
         optimizer=settings["optimizer"],
+        ranks=ranks,
+        parallel=settings["parallel"],
     )
 
 
 def settle(settings: Mapping[str, Any], machine: Machine, micro: MicroBatch, team: Team) -> None:
     """Choose what a run that is about to be compiled takes at once, if nobody has, and saves.
 
-    As the rank with the least memory needs it. A plan that fails, on a torch that traces otherwise,
-    costs a line.
+    As the rank with the least memory needs it, and no less than the run did before a resume: so its
+    numbers stay. A plan that fails, on a torch that traces otherwise, costs a line.
     """
-    device, config = machine.device, micro.model.config
-    training = training_of(settings, config, machine, 0.0, True, why_not_compile(device))
-    micro.most_saving = most_saving(machine.dtype)
+    device, config, state = machine.device, micro.model.config, micro.state
+    cannot = why_not_compile(device)
+    training = training_of(settings, config, machine, 0.0, True, cannot, team.ranks)
+    micro.most_saving = 1 if micro.sharded else most_saving(machine.dtype)
     room, size, saving, windows = room_of(device), micro.size, 1, micro.windows
-    if room is not None and not team.alone:
-        room -= memory.states(config, "adamw", machine.dtype)[memory.GRADIENTS]  # DDP's buckets
     try:
         size = size or at_once(training, windows, room)
-        if device.type == "cuda" and not micro.sharded:
-            saving = as_needed(training, size, windows, room).saving
+        saving = as_needed(training, size, windows, room).saving
     except Exception as e:  # whatever a tracer may raise
         say(f"plan     failed, memory is saved ({named_reason(e)[:120]})")
-        saving = 1 if micro.sharded else micro.most_saving
-    less, micro.saving = team.most(-size, saving)
+        saving = micro.most_saving
+    less, saving = team.most(-size, saving)
+    state.saving = min(max(saving, state.saving), micro.most_saving)
     if not micro.size:
         micro.take(max(1, -less))
 
@@ -158,7 +202,8 @@ def as_needed(training: Training, batch: int, windows: int, room: float | None) 
 
     room: bytes of the device less the reserve; None = unknown, then it stays as it is.
     """
-    if training.device_type != "cuda" or not training.compiled or room is None:
+    fixed = training.device_type != "cuda" or not training.compiled or training.shards > 1
+    if fixed or room is None:
         return training
     whole = replace(training, saving=0)
     fits = peak(whole, batch, windows) <= room

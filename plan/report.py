@@ -4,6 +4,7 @@ Everything is computed but the time of a few steps, where the device is there an
 The lines say which is which.
 """
 
+import contextlib
 import datetime
 import shutil
 import statistics
@@ -22,11 +23,12 @@ from plan.fit import (
     as_needed,
     divisors,
     largest_batch,
+    parts_at_peak,
     peak,
     smallest_change,
     training_of,
 )
-from plan.memory import Training
+from plan.memory import NODE, Training
 from run import cards
 from run.compiling import why_not_compile
 from run.cost import flops_per_token, model_line
@@ -54,7 +56,6 @@ from text.tokens import GPT2_VOCAB, TokenData, read_meta
 CARD_SIZES = (24, 16, 12, 8)  # GiB, of consumer cards
 CPU_FLOPS = 1e11  # FLOP/s, the order of a few cores
 TIMING_S = 120.0  # steps are timed only when they are expected to take less
-NODE = 8  # cards in one machine
 SAVINGS = (  # what is said of save_memory's levels
     "",
     ", as backward computes norms and SwiGLU again",
@@ -70,13 +71,16 @@ def room_on(device: torch.device, card: cards.Card | None) -> float | None:
     return card.memory * GIB - fit.RESERVE["cuda"] if card else fit.room_of(device)
 
 
-def memory_lines(training: Training, batch: int, room: float | None, where: str) -> Iterator[str]:
-    """The parts of a run's memory as a table, against what there is. room excludes the reserve."""
-    parts = memory.at_peak(training, batch)
+def memory_lines(
+    training: Training, batch: int, windows: int, room: float | None, where: str
+) -> Iterator[str]:
+    """The parts of a rank's memory as a table, against what there is. room excludes the reserve."""
+    parts = parts_at_peak(training, batch, windows)
     graph = "compiled" if training.compiled else "eager"
     saving = " and activation checkpointing" if training.checkpointing else ""
+    each = f" on each of {training.ranks} cards, {training.parallel}," if training.ranks > 1 else ""
     yield (
-        f"memory   at the peak of a step with batch_size={batch}{saving}, computed from the "
+        f"memory   at the peak of a step with batch_size={batch}{saving},{each} computed from the "
         f"{graph} graph:"
     )
     for part, nbytes in [*parts.items(), ("sum", sum(parts.values()))]:
@@ -86,7 +90,8 @@ def memory_lines(training: Training, batch: int, room: float | None, where: str)
         return
     reserve = fit.RESERVE[training.device_type]
     verdict = "fits" if sum(parts.values()) <= room else "DOES NOT FIT"
-    if verdict == "fits" and training.device_type == "cuda" and training.compiled:
+    whole = training.compiled and training.shards == 1
+    if verdict == "fits" and training.device_type == "cuda" and whole:
         verdict += SAVINGS[training.saving]
     yield (
         f"  {where}: {(room + reserve) / GIB:.2f} GiB, less {reserve / GIB:.1f} for what is not in "
@@ -103,9 +108,10 @@ def card_lines(training: Training, windows: int) -> Iterator[str]:
         compiled=True,
         checkpointing=False,
         saving=most_saving(torch.bfloat16),
+        ranks=1,
     )
     yield (
-        f"cards    largest batch_size that fits and divides the step's {windows} windows "
+        f"cards    largest batch_size that fits on one and divides the step's {windows} windows "
         "(computed, bfloat16, torch.compile):"
     )
     yield "  memory    as it is    with activation_checkpointing"
@@ -158,11 +164,12 @@ def timed_step(
 
 def time_lines(step_s: float, tokens: int, flops: float, steps: int, how: str) -> Iterator[str]:
     """Hours, the date on which a run that starts now would end, tokens/s."""
-    end = datetime.datetime.now() + datetime.timedelta(seconds=steps * step_s)
-    yield (
-        f"time     {steps * step_s / 3600:,.1f} hours for {steps:,} updates of {step_s:.3g} s, "
-        f"until {end:%Y-%m-%d %H:%M} if started now"
-    )
+    seconds = steps * step_s
+    until = "beyond the calendar"
+    with contextlib.suppress(OverflowError):
+        end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+        until = f"until {end:%Y-%m-%d %H:%M} if started now"
+    yield f"time     {seconds / 3600:,.1f} hours for {steps:,} updates of {step_s:.3g} s, {until}"
     yield f"  {tokens / step_s:,.0f} tokens/s, {flops / step_s / 1e12:.2f} TFLOP/s: {how}"
 
 
@@ -172,29 +179,6 @@ def ring_seconds(nbytes: float, count: int, card: cards.Card) -> float:
     return 2 * (count - 1) / count * nbytes / slowest
 
 
-def fsdp_peak(training: Training, batch: int, windows: int, count: int) -> float:
-    """Bytes a card at the peak of a step when weights, gradients and moments are sharded (FSDP2).
-
-    Beside its shares a card has embedding, last norm and head with their gradient in float32, and
-    two layers gathered in the type they compute in, with their gradients in that type and float32.
-    With several micro-steps it has all layers and all gradients until the last one.
-    """
-    parts = memory.at_peak(replace(training, accumulates=False), batch)
-    with torch.device("meta"):
-        model = GPT(training.config)
-    total, layer = num_parameters(model), num_parameters(model.layers[0])
-    layers = training.config.num_hidden_layers * layer
-    rest, width = total - layers, training.dtype.itemsize
-    gathered = 8 * rest + 2 * (2 * width + 4) * layer
-    if batch < windows:
-        gathered = 8 * rest + (width + 4) * layers
-    used = parts[memory.ACTIVATIONS] + parts[memory.LOGITS] + parts[memory.WORKSPACE]
-    state = memory.states(training.config, training.optimizer, training.dtype)
-    kept = 4 * total + state[memory.OPTIMIZER]
-    # when backward begins there are no shards of gradients yet; when it ends, no activations
-    return gathered + max(used + kept / count, 4 * rest + (kept + 4 * total) / count)
-
-
 def scaling_lines(
     training: Training,
     batch: int,
@@ -202,15 +186,14 @@ def scaling_lines(
     step_flops: float,
     card: cards.Card,
     share: float,
-    world_size: int,
 ) -> Iterator[str]:
-    """A table of 1 to world_size cards, at a share of their peak, under data parallelism.
+    """A table of 1 card to all ranks of a training, at a share of their peak.
 
     FSDP moves as many bytes as DDP: weights in 16 bits twice, gradients in float32 once.
     """
     state = memory.states(training.config, training.optimizer, training.dtype)
-    gradients = state[memory.GRADIENTS]
-    most = card.peak(training.dtype)
+    gradients, most = state[memory.GRADIENTS], card.peak(training.dtype)
+    world_size = training.ranks
     yield (
         f"scaling  computed, not measured; {card.name}, each at {share:.0%} of "
         f"{most / 1e12:g} TFLOP/s:"
@@ -221,12 +204,12 @@ def scaling_lines(
     )
     rounded = False
     for count in sorted({*(2**i for i in range(world_size.bit_length())), world_size}):
-        each = max(1, round(windows / count))
+        each = windows_of_card(windows, count)
         micro = max(b for b in divisors(each) if b <= batch)
         mark = " " if each * count == windows else "*"
         rounded = rounded or mark == "*"
-        ddp = peak(training, micro, each) + (gradients if count > 1 else 0)  # DDP's buckets
-        fsdp = fsdp_peak(training, micro, each, count)
+        several = replace(training, ranks=count, saving=1)  # as FSDP does, and every card can
+        ddp, fsdp = (peak(replace(several, parallel=p), micro, each) for p in ("ddp", "fsdp"))
         compute = each * step_flops / windows / (share * most)
         comm = ring_seconds(gradients, count, card)
         tokens = each * count * training.config.max_position_embeddings / (compute + comm)
@@ -250,13 +233,16 @@ def scaling_lines(
 # ---------------------------------------------------------------- the plan
 
 
-def data_line(folder: Path, training: Training, tokens_per_step: int, steps: int) -> str:
-    """How often the run reads the data at hand."""
+def data_line(
+    folder: Path, training: Training, tokens_per_step: int, steps: int, assumed: bool
+) -> str:
+    """How often the run reads the data at hand. assumed: its vocabulary is, where it is not."""
     context = training.config.max_position_embeddings
     try:
         data = TokenData(folder, "train", context, training.config.vocab_size)
     except FileNotFoundError as e:
-        return f"data     not there yet, epochs unknown: {e}"
+        vocabulary = f"; a vocabulary of {training.config.vocab_size:,} is assumed" * assumed
+        return f"data     not there yet, epochs unknown{vocabulary}: {e}"
     epochs = TrainOrder(data.tokens, context, tokens_per_step, 0).epochs(steps)
     return f"data     {folder}: {data.tokens:,} training tokens, {epochs:.2f} epochs"
 
@@ -275,6 +261,11 @@ def disk_line(folder: Path, size: int, count: int, log: int) -> str:
     )
 
 
+def windows_of_card(windows: int, cards: int) -> int:
+    """Those of a step that each of several cards takes; the nearest where they do not divide."""
+    return max(1, round(windows / cards))
+
+
 def plan(
     training: Training,
     device: torch.device,
@@ -283,29 +274,28 @@ def plan(
     tokens_per_step: int,
     steps: int,
     done: int,
-    world_size: int,
 ) -> Iterator[str]:
     """Lines on memory, cards, time and scaling; card is planned for instead of device.
     steps: updates of the whole run, of which `done` are over. Raises ValueError at the end, with
     the smallest change that fits, when the run does not fit.
     """
-    if world_size > 1 and not card:
-        raise ValueError(f"world_size={world_size} needs a card to plan for, as --device=RTX3090")
-    context = training.config.max_position_embeddings
-    windows = tokens_per_step // context
+    context, ranks = training.config.max_position_embeddings, training.ranks
+    windows = windows_of_card(tokens_per_step // context, ranks)
     micro_steps = windows // batch
     with torch.device("meta"):
         flops = flops_per_token(GPT(training.config)) * tokens_per_step
     if done:
         yield f"resumed  at {done:,} updates; {steps - done:,} are left"
+    by_ranks = f" x {ranks} cards" if ranks > 1 else ""
     yield (
         f"run      {steps:,} updates of {tokens_per_step:,} tokens ({batch} x {context} x "
-        f"{micro_steps} micro-steps), {steps * tokens_per_step / 1e9:.3g} B tokens, "
+        f"{micro_steps} micro-steps{by_ranks}), {steps * tokens_per_step / 1e9:.3g} B tokens, "
         f"{flops:.3g} FLOP each"
     )
     room = room_on(device, card)
     training = as_needed(training, batch, windows, room)
-    yield from memory_lines(training, batch, room, card.name if card else "free memory")
+    name = card.name if card else "free memory"
+    yield from memory_lines(training, batch, windows, room, name)
     yield from card_lines(training, windows)
     change = smallest_change(training, batch, windows, room) if room is not None else ""
 
@@ -324,9 +314,8 @@ def plan(
         step_s = flops / CPU_FLOPS
         how = f"computed from a guess; not timed: {'does not fit' if change else 'takes too long'}"
     yield from time_lines(step_s, tokens_per_step, flops, steps - done, how)
-    if world_size > 1 and card:
-        less = replace(training, saving=1)  # as FSDP does, and every card can
-        yield from scaling_lines(less, batch, windows, flops, card, share, world_size)
+    if ranks > 1 and card:
+        yield from scaling_lines(training, batch, tokens_per_step // context, flops, card, share)
     if change:
         raise ValueError(f"the run does not fit in memory; the smallest change that fits: {change}")
 
@@ -360,24 +349,29 @@ def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
     with torch.device("meta"):
         empty = GPT(config)
     flops = flops_per_token(empty) * s["tokens_per_step"] * s["max_iters"]
-    cannot = "" if card else why_not_compile(device)
-    training = training_of(s, config, machine, flops, True, cannot)
+    cannot, ranks = "" if card else why_not_compile(device), s["world_size"]
+    if ranks > 1 and not card:
+        raise ValueError(f"world_size={ranks} needs a card to plan for, as --device=RTX3090")
+    training = training_of(s, config, machine, flops, True, cannot, ranks)
+    windows = windows_of_card(windows, ranks)
     room = room_on(device, card)
     most = start.state.micro_batch or s["batch_size"] or fit.at_once(training, windows, room)
     batch = largest_divisor(windows, most)
     training = replace(training, accumulates=batch < windows)
     say(model_line(empty))
-    say(data_line(data, training, s["tokens_per_step"], s["max_iters"]))
+    assumed = source == "scratch" and not s["vocab_size"]
+    say(data_line(data, training, s["tokens_per_step"], s["max_iters"], assumed))
     name = f"{card.name}, not here" if card else ""
     say(f"machine  {machine.line(name=name)}")
     if batch < s["batch_size"]:
-        say(f"run      batch_size={batch}, which divides the {windows} windows of a step")
+        whose = "a card's" if ranks > 1 else "a"
+        say(f"run      batch_size={batch}, which divides the {windows} windows of {whose} step")
     if not card and (problem := unused_gpu(s["device"], device)):
         say(f"WARNING  planned for the {device.type}: {problem}")
     numbers = num_parameters(empty) + moments(groups_of(empty, s["optimizer"]))
     there, disk = existing(out), disk_needed(s, numbers)
     say(disk_line(there, **disk))
-    sizes = batch, s["tokens_per_step"], s["max_iters"], start.state.iter_num, s["world_size"]
+    sizes = batch, s["tokens_per_step"], s["max_iters"], start.state.iter_num
     for line in plan(training, device, card, *sizes):
         say(line)
     check_disk(there, **disk)

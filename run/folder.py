@@ -175,8 +175,10 @@ def check_disk(out_dir: Path, size: int, count: int, log: int) -> None:
     there = {(s.st_dev, s.st_ino): s.st_size for s in (f.stat() for f in files)}
     free = shutil.disk_usage(out_dir).free + sum(there.values())
     if free < needed:
+        logs = log > needed / 2
+        less = "a larger --log_interval" if logs else "--keep_last=1 or fewer milestones"
         raise ValueError(
             f"{out_dir} has {free / 1e9:.3f} GB free, but the run needs {needed / 1e9:.3f} GB for "
-            f"{count} checkpoints (the last, the milestones, the best, one being written); make "
-            "room, choose another --out_dir, --keep_last=1 or fewer milestones"
+            f"{count} checkpoints (the last, the milestones, the best, one being written) and "
+            f"{log / 1e9:.3f} GB of log; make room, choose another --out_dir, {less}"
         )

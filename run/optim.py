@@ -53,6 +53,15 @@ def make_schedule(
     return Schedule(peak, low, warmup, decay, decay - round(share * decay), line=True)
 
 
+def schedule_of(settings: Mapping[str, Any]) -> Schedule:
+    """The schedule that settings of train.py describe."""
+    s = settings
+    if not s["decay_lr"]:
+        return Schedule(s["learning_rate"], s["learning_rate"], 0, 0)
+    rates, decay = (s["learning_rate"], s["min_lr"]), s["lr_decay_iters"] or s["max_iters"]
+    return make_schedule(*rates, s["warmup_iters"], decay, s["lr_schedule"], s["decay_share"])
+
+
 def configure_optimizer(
     model: GPT,
     learning_rate: float,

@@ -41,7 +41,7 @@ def run(main: Callable[[], None]) -> None:
 
         if sys.flags.dev_mode or not is_oom(e):
             raise
-        what = "a smaller --batch_size, model or context, or --device=cpu"
+        what = "a smaller batch, model or context, or --device=cpu"
         print(f"{script}: out of memory: {reason(e)}; try {what}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as e:

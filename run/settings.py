@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,12 @@ def check(settings: Mapping[str, Any]) -> None:
     for name in ("beta1", "beta2"):
         if not 0 <= s[name] < 1:
             problems.append(f"{name} must be at least 0 and below 1, not {s[name]}")
-    if not 0 < s["learning_rate"] < math.inf:
+    if not sys.float_info.min <= s["learning_rate"] < math.inf:  # what is smaller has lost digits
         problems.append(f"learning_rate must be positive, not {s['learning_rate']}")
     if not 0 <= s["muon_lr"] < math.inf:
         problems.append(f"muon_lr must be positive, or 0 for learning_rate, not {s['muon_lr']}")
+    if not s["weight_decay"] < math.inf:
+        problems.append(f"weight_decay must be finite, not {s['weight_decay']}")
     if s["decay_lr"] and s["min_lr"] > s["learning_rate"]:
         problems.append(f"min_lr ({s['min_lr']}) is above learning_rate ({s['learning_rate']})")
     if s["compile"].lower() not in ("auto", "true", "false"):

@@ -4,6 +4,7 @@ The plan asks the same function.
 """
 
 import contextlib
+import math
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from formats import checkpoint, listing, pretrained, rebuild
 from formats.pack import tensors_in
 from model import GPT, GPTConfig
 from run.log import say
-from run.optim import state_of
+from run.optim import schedule_of, state_of
 from run.parallel import share_optimizer
 from run.settings import changed
 from run.team import Team
@@ -36,6 +37,7 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)  # for skip_spike
     wandb_run_id: str | None = None
     micro_batch: int = 0  # windows that fit in memory when batch_size does not; 0 = it does
+    saving: int = 0  # the level of machine.save_memory that memory asked for
 
 
 @dataclass
@@ -80,9 +82,12 @@ class Start:
                 f"max_iters={now['config']['max_iters']}; write a larger --max_iters to go on"
             )
         saved, unread = self.saved["optimizer"], self.path.suffix == listing.PARTS
-        updates = 0 if unread and not saved.get("state") else self.state.iter_num
+        made = self.state.iter_num - self.state.skipped
+        updates = 0 if unread and not saved.get("state") else made
         check_moments(saved, now["config"]["optimizer"], updates, self.path)
-        if different := changed(self.saved, now):
+        different = changed(self.saved, now)
+        different += rate_changed(self.saved["config"], now["config"], self.state.iter_num)
+        if different:
             say(f"WARNING  not the same run as before: {', '.join(different)}")
         return tok
 
@@ -124,6 +129,17 @@ class Start:
         if self.resumed and self.scaler:
             scaler.load_state_dict(self.scaler)
         self.saved = {}
+
+
+def rate_changed(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> list[str]:
+    """A line when the learning rate of update `step` is not what it would have been before."""
+    kept = {k: before[k] for k in now if type(before.get(k)) is type(now[k])}
+    try:
+        was, comes = (schedule_of({**now, **s}).at(step) for s in (kept, now))
+    except (ArithmeticError, ValueError):  # numbers out of a file
+        return []
+    same = math.isclose(was, comes, rel_tol=1e-6)
+    return [] if same else [f"rate of the next update {was:.3g} -> {comes:.3g}"]
 
 
 def moments_fit(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> bool:
@@ -184,7 +200,7 @@ def find_start(
     known = {f.name for f in fields(TrainState)}
     state = TrainState(**{k: v for k, v in (kept or {}).items() if k in known})
     if saved["config"]["batch_size"] != batch_size:
-        state.micro_batch = 0  # the user knows better
+        state.micro_batch = state.saving = 0  # the user knows better
     origin = saved["config"]["init_from"]
     return Start(config, state, origin, path, saved, resumed=True, scaler=saved.get("scaler"))
 
@@ -195,7 +211,10 @@ def can_be_resumed(saved: Mapping[str, Any]) -> bool:
     if not (isinstance(state, dict) and isinstance(config, dict) and isinstance(optimizer, dict)):
         return False
     losses, best, run = (state.get(k) for k in ("recent_losses", "best_val_loss", "wandb_run_id"))
-    counts = (state.get("iter_num"), state.get("skipped", 0), state.get("micro_batch", 0))
+    counts = (
+        state.get("iter_num"),
+        *(state.get(k, 0) for k in ("skipped", "micro_batch", "saving")),
+    )
     windows = [config.get(k, 0) for k in ("batch_size", "eval_iters", "eval_windows")]
     return (
         all(map(whole, (*counts, *windows)))
@@ -228,7 +247,7 @@ def other_sizes(theirs: GPTConfig, as_set: GPTConfig, typed: Container[str]) -> 
 def check_moments(saved: Mapping[str, Any], name: str, updates: int, path: Path) -> None:
     """Raises ValueError when the state in a checkpoint is not that of the optimizer `name`.
 
-    updates: how many have made it; 0 when it is not read.
+    updates: how many have made it, those left out aside; 0 when it is not read.
     """
     try:
         kept, groups = saved["state"], saved["param_groups"]
@@ -236,7 +255,7 @@ def check_moments(saved: Mapping[str, Any], name: str, updates: int, path: Path)
             raise TypeError
         theirs = "muon" if any("momentum" in group for group in groups) else "adamw"
         names = {i: {*state_of(group)} for group in groups for i in numbers_of(group) or []}
-        fits = {i: set(m) for i, m in kept.items()} == (names if updates else {})
+        fits = {i: set(m) for i, m in kept.items()} == (names if updates > 0 else {})
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
         theirs, fits = name, False
     if theirs != name or not fits:

@@ -671,11 +671,8 @@ def read_settings(folder):
     size = start.model_as_set(s, META)
     run_settings.eval_windows(s)
     assert all(v >= 0 for v in run_folder.disk_needed(s, 1000).values())
-    decay = s["lr_decay_iters"] or s["max_iters"]
-    schedule = optim.make_schedule(s["learning_rate"], s["min_lr"], s["warmup_iters"], decay)
-    for step in (0, 1, s["warmup_iters"], s["max_iters"]):
-        rate = schedule.at(step) if s["decay_lr"] else s["learning_rate"]
-        assert 0 <= rate < math.inf
+    schedule = optim.schedule_of(s)
+    assert all(0 <= schedule.at(n) < math.inf for n in (0, 1, s["warmup_iters"], s["max_iters"]))
     windows_of_rank(s["tokens_per_step"], size.max_position_embeddings, 1)
 
 

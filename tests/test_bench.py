@@ -1,5 +1,6 @@
 """bench/ on toy shapes: what is printed is there, stays at Ctrl-C, and memory is the planner's."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -13,11 +14,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import commands, settings
+from bench import commands, models, settings
 from bench.models import Shape
 from bench.picture import draw_bars
 from bench.trainers import Kind, peak_memory, running
 from plan import memory
+from text.tokens import TokenData
 
 SMALL = ["--layers=1", "--hidden=64", "--repeats=1", "--mode=eager"]
 TOY = [*SMALL, "--batch=1", "--context=32"]
@@ -177,6 +179,8 @@ def test_paths_from_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (tmp_path / "model.py").touch()
+    with pytest.raises(ValueError, match="model.py has no GPT with a GPTConfig"):
+        models.load_peer(str(tmp_path / "model.py"))
     assert settings.peers("~/model.py, ") == [str((tmp_path / "model.py").resolve())]
     settings.check(png="~/a.png")
     draw_bars("~/a.png", "t", [("a", 1.0)])
@@ -193,25 +197,29 @@ def recipes(monkeypatch):
 
     made = []
 
-    def train(run, out, kept, data, share, threads):
-        made.append(run)
+    def make(self, runs):
+        for run in runs:
+            made.append(run)
+            write(self, run)
+
+    def write(self, run):
         how = dict(run.how)
         times = float(how["learning_rate"]) * run.size.hidden / 1024 / 3.2e-4
         end = float(how["min_lr"]) / float(how["learning_rate"])
         loss = 4 + 0.1 * abs(math.log2(times / 4)) + end + abs(math.log(how["beta2"] / 0.99))
         loss -= 0.2 * math.log(run.part * run.size.tokens)
-        kept.mkdir(parents=True, exist_ok=True)
-        curve = {"tokens": [0, run.size.tokens * run.part], "loss": [8.0, loss]}
-        (kept / f"{run.key(share)}.json").write_text(json.dumps(curve), encoding="utf-8")
+        self.kept.mkdir(parents=True, exist_ok=True)
+        curve = {**self.text, "tokens": [0, run.size.tokens * run.part], "loss": [8.0, loss]}
+        self.path(run).write_text(json.dumps(curve), encoding="utf-8")
 
-    monkeypatch.setattr(recipes, "train", train)
+    monkeypatch.setattr(recipes.Bench, "make", make)
     monkeypatch.setattr(recipes, "recipe", lambda size: recipes.adamw(size, (4.0, 0.0, 0.1, 0.99)))
     recipes.made = made
     return recipes
 
 
 def test_the_sweep_finds_the_best_between_worse_ones(recipes, tmp_path):
-    bench = recipes.Bench(tmp_path, tmp_path, tmp_path, 1.0, 1)
+    bench = recipes.Bench(tmp_path, tmp_path, tmp_path / "not there", 1.0, 1)
     best = recipes.best_of(bench, recipes.SIZES["0.5"], recipes.REFERENCE, [*recipes.LADDERS])
     assert best == (4.0, 0.0, 0.1, 0.99)
     tried = {dict(run.how)["learning_rate"] for run in recipes.made}
@@ -230,7 +238,6 @@ def test_the_tokens_to_a_loss_lie_between_two_runs():
 
 
 def test_recipes_in_a_table_and_a_picture(recipes, tmp_path, monkeypatch, capsys):
-    (tmp_path / "text").mkdir()
     settings = {"dataset": f"{tmp_path / 'text'}{os.sep}", "sizes": "0.5,4", "out_dir": tmp_path}
     settings |= {"curves": tmp_path / "curves", "png": tmp_path / "a.png"}
     for name, value in settings.items():
@@ -242,6 +249,15 @@ def test_recipes_in_a_table_and_a_picture(recipes, tmp_path, monkeypatch, capsys
     assert "| 1.00 (1.00 to 1.00) |" in last and (tmp_path / "a.png").stat().st_size > 10_000
     recipes.main()
     assert capsys.readouterr().out == printed
+    monkeypatch.setattr(recipes, "dataset", f"{tmp_path / 'other'}{os.sep}")
+    with pytest.raises(ValueError, match="json is of text, not of other; take another --curves"):
+        recipes.main()
+    monkeypatch.setattr(recipes, "dataset", settings["dataset"])
+    path = next((tmp_path / "curves").iterdir())
+    for damaged in ("", "[1]", '{"dataset": "text", "tokens": [1], "loss": []}', "{}"):
+        path.write_text(damaged, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))} is no curve .*; remove it"):
+            recipes.main()
     monkeypatch.setattr(recipes, "sizes", "3")
     with pytest.raises(ValueError, match="sizes must be of 0.5, 1.5, 4, 31, 124, not 3"):
         recipes.main()
@@ -255,12 +271,42 @@ def test_a_run_of_the_recipe_bench_goes_on_where_it_was(dataset, tmp_path, monke
     size = recipes.Size(64, 1, 2, 1, 1280)
     run = recipes.Run(size, "recipe", recipes.recipe(size))
     kept = tmp_path / "curves"
-    recipes.train(run, tmp_path, kept, dataset, 0.5, 1)
+    bench = recipes.Bench(tmp_path / "out", kept, dataset, 0.5, 1)
+    (loss,) = bench.losses([run])
     (path,) = kept.iterdir()
     curve = json.loads(path.read_text(encoding="utf-8"))
     assert curve["tokens"] == [128 * i for i in range(6)] and len(curve["loss"]) == 6
     assert "torch" in curve["machine"] and curve["settings"]["optimizer"] == "muon"
-    assert not list(tmp_path.glob("*/*.pt"))
+    assert curve["train_tokens"] == TokenData(dataset, "train", 32, 320).tokens
+    assert list(tmp_path.glob("out/*/*/metrics.jsonl")) and not list(tmp_path.glob("out/*/*/*.pt"))
     before = path.stat().st_mtime_ns
-    recipes.train(run, tmp_path, kept, dataset, 0.5, 1)
-    assert path.stat().st_mtime_ns == before
+    assert bench.losses([run]) == [loss] and path.stat().st_mtime_ns == before
+
+
+def test_a_run_that_fails_or_is_interrupted_leaves_none_behind(dataset, tmp_path, monkeypatch):
+    """The other run of two at a time would take minutes; its process is gone at once."""
+    from bench import commands, recipes
+
+    processes, real = [], commands.started
+
+    @contextlib.contextmanager
+    def noted(*args, **kwargs):
+        with real(*args, **kwargs) as process:
+            processes.append(process)
+            yield process
+
+    monkeypatch.setattr(recipes, "started", noted)
+    size = recipes.Size(64, 1, 2, 1, 10**9)
+    long, wrong = (recipes.Run(size, "adamw", (("min_lr", n),)) for n in (0.0, -1.0))
+    bench = recipes.Bench(tmp_path / "out", tmp_path / "curves", dataset, 1.0, 2)
+    with pytest.raises(ValueError, match="train.py .* failed: .*min_lr must be at least 0, not -1"):
+        bench.losses([long, wrong])
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.losses([long])
+    assert len(processes) == 3 and all(p.poll() is not None for p in processes)
+    assert not (tmp_path / "curves").exists()

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 import sample
-from formats import pack
+from formats import checkpoint, pack
 from making import compiled, scoring
 from model import GPT, GPTConfig
 from plan import fit, memory, report
@@ -41,6 +41,7 @@ from run import cards, compiling, machine, microbatch, team
 from run import script as scripts
 from run.gpu import missing_kernels, unused_gpu
 from run.machine import choose_attention
+from run.start import TrainState
 from text import batches
 from text.batches import TrainLoader, TrainOrder, eval_batches, split_windows
 from text.tokens import TokenData
@@ -697,7 +698,7 @@ def test_short_of_memory_less_is_kept_before_windows_are_halved(script, tiny, gr
     """The first graph keeps all; the second, of as many windows, is another."""
 
     def none(micro):
-        micro.saving, micro.most_saving = 0, 2
+        micro.state.saving, micro.most_saving = 0, 2
 
     graphs.error, graphs.above = SHORT["Triton"], 2
     monkeypatch.setattr(fit, "settle", lambda settings, machine, micro, team: none(micro))
@@ -706,6 +707,8 @@ def test_short_of_memory_less_is_kept_before_windows_are_halved(script, tiny, gr
     kept = result.out.index("going on with less kept for backward; same tokens")
     assert kept < result.out.index("going on with 2 x 4 micro-steps")
     assert graphs.windows == [4, 4, 2, 2]
+    (out,) = [f.partition("=")[2] for f in tiny if f.startswith("--out_dir=")]
+    assert checkpoint.load(Path(out) / "ckpt_3.pt")["train_state"]["saving"] == 2
 
 
 def test_a_size_that_is_halved_later_is_compiled_once(script, tiny, graphs, monkeypatch):
@@ -1003,36 +1006,37 @@ def test_a_plan_for_cuda():
     training = memory.Training(SIZE, torch.bfloat16, "cuda", True, False, True)
     planned = sum(memory.at_peak(training, 4).values())
     assert planned > 0 and cards.find_card("cuda:1") is None
-    lines = list(report.memory_lines(training, 4, 23e9, "free memory"))
+    lines = list(report.memory_lines(training, 4, 8, 23e9, "free memory"))
     assert "fits" in lines[-1] and "1.0 for what is not in the graph" in lines[-1]
     assert compiling.why_uncompiled("auto", torch.device("cuda", 0), 1.0, "") == ""
     assert "short" in compiling.why_uncompiled("auto", torch.device("cpu"), 1.0, "")
 
 
-@enters("fit.settle", "fit.as_needed")
+@enters("fit.as_needed")
 def test_a_run_keeps_what_its_card_has_room_for(gpu, monkeypatch, capsys):
     """23 GiB are free, and no more is kept than 22 can hold."""
     where = machine.Machine(torch.device("cuda", 0), torch.bfloat16, "")
     monkeypatch.setattr(fit, "why_not_compile", lambda device: "")
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     settings = {"compile": "auto", "activation_checkpointing": False, "optimizer": "adamw"}
-    micro = types.SimpleNamespace(model=types.SimpleNamespace(config=SIZE), sharded=False)
-    micro.size, micro.windows = 4, 8
-    for needed, saving in ((22, 0), (22.1, 2)):
-        monkeypatch.setattr(fit, "peak", lambda *_, needed=needed: needed * fit.GIB)  # or it traces
-        micro.saving, micro.sharded = 1, False
-        fit.settle(settings, where, micro, team.Team())
-        assert micro.saving == saving
-        micro.saving, micro.sharded = 1, True
-        fit.settle(settings, where, micro, team.Team())
-        assert micro.saving == 1, "nobody computes what ranks share"
-    monkeypatch.setattr(fit, "peak", lambda *_: 1 / 0)
-    micro.sharded = False
-    fit.settle(settings, where, micro, team.Team())
-    assert micro.saving == 2 and "ZeroDivisionError" in capsys.readouterr().out
+    settings["parallel"] = "ddp"
+
+    def saved(needed, before=0, where=where, settings=settings, ranks=1):
+        """The level of a run of which one before the resume had `before`."""
+        monkeypatch.setattr(fit, "peak", lambda *_: needed() * fit.GIB)  # or it traces
+        micro = types.SimpleNamespace(model=types.SimpleNamespace(config=SIZE), size=4, windows=8)
+        micro.state, micro.sharded = TrainState(saving=before), settings["parallel"] != "ddp"
+        several = types.SimpleNamespace(ranks=ranks, most=lambda *numbers: numbers)
+        fit.settle(settings, where, micro, several)
+        return micro.state.saving
+
+    assert saved(lambda: 22) == 0 and saved(lambda: 22.1) == 2
+    assert saved(lambda: 22, before=2) == 2, "or a resumed run would differ"
+    shards = settings | {"parallel": "fsdp"}
+    assert saved(lambda: 22, settings=shards, ranks=2) == 1, "each layer is compiled alone"
+    assert saved(lambda: 1 / 0) == 2 and "ZeroDivisionError" in capsys.readouterr().out
     half = machine.Machine(torch.device("cuda", 0), torch.float16, "")
-    fit.settle(settings, half, micro, team.Team())
-    assert micro.saving == 1, "a sum over pieces could overflow"
+    assert saved(lambda: 22.1, before=2, where=half) == 1, "a sum over pieces could overflow"
 
 
 @enters("fit.at_once")
@@ -1101,7 +1105,7 @@ def test_steps_of_a_plan_are_timed_after_the_device_is_done(gpu, monkeypatch):
     monkeypatch.setattr(torch, "randint", lambda *args, device: real(*args))
     monkeypatch.setattr(report, "autocast", lambda device, dtype: contextlib.nullcontext())
     training = memory.Training(SIZE, torch.bfloat16, "cuda", False, False, True)
-    lines = list(report.plan(training, device, None, 2, 256, 10, 0, 1))
+    lines = list(report.plan(training, device, None, 2, 256, 10, 0))
     assert any("measured on a few micro-steps" in line for line in lines)
     assert waits == [device] * 4
 

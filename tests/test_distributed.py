@@ -466,8 +466,8 @@ PEAK = """
 import json, torch
 from run import parallel
 from run import team
-from plan import memory
-from plan import report
+from dataclasses import replace
+from plan import fit, memory
 from run import machine
 from torch.profiler import ProfilerActivity, profile
 from model import GPT, GPTConfig
@@ -496,7 +496,8 @@ for dtype in (torch.float32, torch.bfloat16):
             live += e.nbytes()
             lives.append(live)
         training = memory.Training(size, dtype, "cpu", False, False, micro > 1)
-        planned = report.fsdp_peak(training, 2, 2 * micro, team.ranks)
+        training = replace(training, ranks=team.ranks, parallel="fsdp")
+        planned = fit.peak(training, 2, 2 * micro)
         found.append(max(lives[2 * len(lives) // 3 :]) / planned)
 if team.rank == 0:
     print("FOUND", json.dumps(found))

@@ -632,6 +632,15 @@ def test_a_step_with_a_bad_gradient_is_left_out(tiny, tmp_path, number):
     assert state["train_state"]["skipped"] == 2
 
 
+def test_a_run_whose_updates_were_all_left_out_goes_on(script, tiny, tmp_path):
+    """As float16's first ones may be, while it looks for its scale: there are no moments yet."""
+    must(start([*tiny, "--max_iters=2"], BAD_GRADIENT.format(bad=(1, 2), number="inf")))
+    result = script("train.py", *tiny, "--init_from=resume", "--max_iters=3")
+    assert result.code == 0, result.err
+    state = checkpoint.load(tmp_path / "out" / "ckpt_3.pt")["optimizer"]["state"]
+    assert {int(s["step"]) for s in state.values()} == {1}
+
+
 BAD_LOSS = """
 import model
 real, calls = model.GPT.forward, []

@@ -187,6 +187,35 @@ def test_dry_run_without_data_for_a_card_that_is_not_here(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_verdict_of_several_cards_is_theirs(script, tmp_path, monkeypatch):
+    """DDP's buckets are counted, and shards fit where whole models do not."""
+    size = replace(DRY, num_hidden_layers=8, hidden_size=128)
+    training = Training(size, torch.bfloat16, "cuda", False, False, True, ranks=4)
+    shards = replace(training, parallel="fsdp")
+    ddp, fsdp, one = (fit.peak(t, 1, 8) for t in (training, shards, replace(training, ranks=1)))
+    assert fsdp < one < ddp and ddp - one == 4 * num_parameters(GPT(size))
+    hsdp = replace(shards, parallel="hsdp", ranks=64)
+    assert fit.peak(hsdp, 1, 8) == fit.peak(replace(shards, ranks=8), 1, 8)
+    monkeypatch.setattr(fit, "RESERVE", {"cuda": 24 * fit.GIB - (ddp + fsdp) / 2})
+    args = [*DRY_RUN, "--num_hidden_layers=8", "--hidden_size=128", "--batch_size=1"]
+    args += [f"--dataset={tmp_path}/none", f"--out_dir={tmp_path}/out", "--device=RTX3090"]
+    seen = script("train.py", *args, "--world_size=4", "--activation_checkpointing=True")
+    assert seen.code == 1 and "smallest change that fits: --activation" in seen.err
+    assert "--parallel=fsdp --batch_size=1\n" in seen.err and "DDP's buckets" in seen.out
+    seen = script("train.py", *args, "--world_size=4", "--parallel=fsdp")
+    assert seen.code == 0, seen.err
+    assert (
+        "on each of 4 cards, fsdp," in seen.out and "(1 x 64 x 4 micro-steps x 4 cards)" in seen.out
+    )
+
+
+def test_a_plan_beyond_the_calendar(script, dataset, tmp_path):
+    args = [*DRY_RUN, f"--dataset={dataset}", f"--out_dir={tmp_path}/out", "--device=RTX3090"]
+    seen = script("train.py", *args, "--max_iters=99999999999999999")
+    assert seen.code == 1 and "beyond the calendar" in seen.out
+    assert "GB of log" in seen.err and "a larger --log_interval" in seen.err
+
+
 def test_a_dry_run_that_does_not_fit_says_what_does(script, tmp_path, monkeypatch):
     room = fit.peak(Training(DRY, torch.bfloat16, "cuda", False, False, True), 2, 16)
     monkeypatch.setattr(fit, "RESERVE", {"cuda": 24 * fit.GIB - room})

@@ -400,6 +400,10 @@ def test_the_windows_of_an_evaluation_do_not_depend_on_the_micro_batch():
         (["--eval_interval=0", "--beta2=1"], ["eval_interval", "beta2"], 1),
         (["--eval_windows=0", "--eval_iters=-1"], ["eval_windows", "eval_iters"], 1),
         (["--min_lr=1"], ["min_lr (1.0)"], 1),
+        (["--learning_rate=1e-310"], ["learning_rate must be positive"], 1),
+        (["--weight_decay=inf"], ["weight_decay must be finite"], 1),
+        (["--rope_theta=1"], ["rope_theta must be above 1 and below 2^40, not 1.0"], 1),
+        (["--rope_theta=1e30", "--rms_norm_eps=inf"], ["rope_theta", "rms_norm_eps"], 1),
         (["--compile=maybe"], ["compile", "maybe"], 1),
         (["--dtype=bf16"], ["bfloat16", "bf16"], 1),
         (["--dtype=float16"], ["float16", "CPU"], 1),
@@ -423,6 +427,17 @@ def test_mistakes_get_one_line(script, tiny, tmp_path, flags, words, code):
     for word in words:
         assert word in result.err
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_rate_that_jumps_at_a_resume_is_told(script, tiny):
+    """As it does when a run is prolonged from a checkpoint of its decay."""
+    wsd = [*tiny, "--lr_schedule=wsd", "--decay_share=0.5", "--learning_rate=1e-3", "--min_lr=0"]
+    assert script("train.py", *wsd).code == 0
+    result = script("train.py", *wsd, "--init_from=resume", "--max_iters=24")
+    assert result.code == 0, result.err
+    assert "max_iters 12 -> 24, rate of the next update 0 -> 0.001" in result.out
+    again = script("train.py", *wsd, "--init_from=resume", "--max_iters=24")
+    assert "WARNING" not in again.out
 
 
 def test_resuming_another_model_lists_what_differs(script, tiny):

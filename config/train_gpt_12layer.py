@@ -1,7 +1,7 @@
 # Half the depth of the reference with the recipe of train_gpt_fast.py, for a day: 177M parameters.
 #   python data/prepare.py && python train.py config/train_gpt_12layer.py
-# Per token 0.57 of the reference's work, so about 21 hours for 6,000 updates (2.95 B tokens) on one
-# RTX 3090 if it reaches the reference's share of peak; expected loss unknown, nobody has run it.
+# About 20 hours for 6,000 updates (2.95 B tokens) on one RTX 3090, as the plan computes them;
+# expected loss unknown, nobody has run it.
 
 out_dir = "out/gpt_12layer"
 dataset = "openwebtext"

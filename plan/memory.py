@@ -260,6 +260,7 @@ def trace_eager(training: Training) -> list[Tensor]:
     return ledger.segments(turn)
 
 
+@functools.lru_cache(maxsize=8)
 def captured(training: Training) -> tuple[fx.Graph, fx.Graph]:
     """The forward and backward graph that torch.compile hands to its code generator."""
     from functorch.compile import make_boxed_func

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 
 from model import GPT, num_parameters
-from plan import fit, memory
+from plan import fit, hours, memory
 from plan.fit import (
     GIB,
     as_needed,
-    divisors,
     largest_batch,
     parts_at_peak,
     peak,
@@ -173,31 +172,39 @@ def time_lines(step_s: float, tokens: int, flops: float, steps: int, how: str) -
     yield f"  {tokens / step_s:,.0f} tokens/s, {flops / step_s / 1e12:.2f} TFLOP/s: {how}"
 
 
+def rate_lines(training: Training, batch: int, card: cards.Card) -> Iterator[str]:
+    """What a micro-step's time is made of, and how fast the card is taken to be."""
+    times, reach = hours.micro_step(training, batch, card), cards.reach_of(card)
+    peak = f"{card.peak(training.dtype) / 1e12:g} TFLOP/s"
+    rows = (
+        ("products", times.products, reach.products, peak, reach.source),
+        ("attention", times.attention, reach.attention, peak, "assumed"),
+        ("memory", times.memory, reach.memory, f"{card.gigabytes:g} GB/s", reach.copied),
+    )
+    yield f"  a micro-step, {1e3 * times.total:,.0f} ms, from its graph:"
+    for name, seconds, share, most, source in rows:
+        yield f"    {name:<10}{1e3 * seconds:8.1f} ms at {share:.0%} of {most} ({source})"
+    if times.waits:
+        each = f"{1e6 * hours.KERNEL_S:g} us"
+        yield f"    it waits for the CPU: {times.kernels:,.0f} kernels, {each} each (assumed)"
+    if not training.compiled:
+        yield f"    uncompiled {hours.UNCOMPILED:g} times as long (measured once, on an H200)"
+
+
 def ring_seconds(nbytes: float, count: int, card: cards.Card) -> float:
     """Time of a ring all-reduce: each card sends and receives 2 (n - 1) / n of the bytes."""
     slowest = card.link if count <= NODE else min(card.link, card.network)
     return 2 * (count - 1) / count * nbytes / slowest
 
 
-def scaling_lines(
-    training: Training,
-    batch: int,
-    windows: int,
-    step_flops: float,
-    card: cards.Card,
-    share: float,
-) -> Iterator[str]:
-    """A table of 1 card to all ranks of a training, at a share of their peak.
+def scaling_lines(training: Training, most: int, windows: int, card: cards.Card) -> Iterator[str]:
+    """A table of 1 card to all ranks of a training, which take at most so many windows at once.
 
     FSDP moves as many bytes as DDP: weights in 16 bits twice, gradients in float32 once.
     """
     state = memory.states(training.config, training.optimizer, training.dtype)
-    gradients, most = state[memory.GRADIENTS], card.peak(training.dtype)
-    world_size = training.ranks
-    yield (
-        f"scaling  computed, not measured; {card.name}, each at {share:.0%} of "
-        f"{most / 1e12:g} TFLOP/s:"
-    )
+    gradients, world_size = state[memory.GRADIENTS], training.ranks
+    yield f"scaling  computed, not measured; {card.name}"
     yield (
         "  cards  batch_size x micro-steps  DDP GiB  FSDP GiB  compute s   comm. s    tokens/s"
         "  efficiency"
@@ -205,12 +212,13 @@ def scaling_lines(
     rounded = False
     for count in sorted({*(2**i for i in range(world_size.bit_length())), world_size}):
         each = windows_of_card(windows, count)
-        micro = max(b for b in divisors(each) if b <= batch)
+        micro = largest_divisor(each, most)
         mark = " " if each * count == windows else "*"
         rounded = rounded or mark == "*"
-        several = replace(training, ranks=count, saving=1)  # as FSDP does, and every card can
-        ddp, fsdp = (peak(replace(several, parallel=p), micro, each) for p in ("ddp", "fsdp"))
-        compute = each * step_flops / windows / (share * most)
+        several = replace(training, ranks=count, parallel="ddp")
+        ddp = peak(several, micro, each)
+        fsdp = peak(replace(several, parallel="fsdp", saving=1), micro, each)
+        compute = hours.update(training, micro, each // micro, card)
         comm = ring_seconds(gradients, count, card)
         tokens = each * count * training.config.max_position_embeddings / (compute + comm)
         yield (
@@ -270,26 +278,27 @@ def plan(
     training: Training,
     device: torch.device,
     card: cards.Card | None,
-    batch: int,
+    most: int,
     tokens_per_step: int,
     steps: int,
     done: int,
 ) -> Iterator[str]:
     """Lines on memory, cards, time and scaling; card is planned for instead of device.
-    steps: updates of the whole run, of which `done` are over. Raises ValueError at the end, with
-    the smallest change that fits, when the run does not fit.
+    most: windows at once. steps: updates of the whole run, of which `done` are over. Raises
+    ValueError at the end, with the smallest change that fits, when the run does not fit.
     """
     context, ranks = training.config.max_position_embeddings, training.ranks
     windows = windows_of_card(tokens_per_step // context, ranks)
-    micro_steps = windows // batch
+    batch = largest_divisor(windows, most)
+    micro_steps, tokens = windows // batch, windows * ranks * context
     with torch.device("meta"):
-        flops = flops_per_token(GPT(training.config)) * tokens_per_step
+        flops = flops_per_token(GPT(training.config)) * tokens
     if done:
         yield f"resumed  at {done:,} updates; {steps - done:,} are left"
     by_ranks = f" x {ranks} cards" if ranks > 1 else ""
     yield (
-        f"run      {steps:,} updates of {tokens_per_step:,} tokens ({batch} x {context} x "
-        f"{micro_steps} micro-steps{by_ranks}), {steps * tokens_per_step / 1e9:.3g} B tokens, "
+        f"run      {steps:,} updates of {tokens:,} tokens ({batch} x {context} x "
+        f"{micro_steps} micro-steps{by_ranks}), {steps * tokens / 1e9:.3g} B tokens, "
         f"{flops:.3g} FLOP each"
     )
     room = room_on(device, card)
@@ -300,22 +309,22 @@ def plan(
     change = smallest_change(training, batch, windows, room) if room is not None else ""
 
     short = training.device_type != "cpu" or 5 * flops / micro_steps / CPU_FLOPS < TIMING_S
-    share, most = 0.0, 0.0
     if card:
-        most = card.peak(training.dtype)
-        width, at_once = training.config.hidden_size, batch * context
-        share, source = cards.assumed_share(card, training.dtype, width, at_once)
-        step_s = flops / (share * most)
-        how = f"computed from {share:.0%} of {most / 1e12:g}, {source}; nothing timed"
+        gradients = memory.states(training.config, training.optimizer, training.dtype)
+        step_s = hours.update(training, batch, micro_steps, card)
+        step_s += ring_seconds(gradients[memory.GRADIENTS], ranks, card)
+        how = "computed, nothing timed"
     elif short and not change:
         step_s = timed_step(training, device, batch, micro_steps)
         how = "measured on a few micro-steps and an update"
     else:
         step_s = flops / CPU_FLOPS
         how = f"computed from a guess; not timed: {'does not fit' if change else 'takes too long'}"
-    yield from time_lines(step_s, tokens_per_step, flops, steps - done, how)
+    yield from time_lines(step_s, tokens, flops, steps - done, how)
+    if card:
+        yield from rate_lines(training, batch, card)
     if ranks > 1 and card:
-        yield from scaling_lines(training, batch, tokens_per_step // context, flops, card, share)
+        yield from scaling_lines(training, most, tokens_per_step // context, card)
     if change:
         raise ValueError(f"the run does not fit in memory; the smallest change that fits: {change}")
 
@@ -357,7 +366,6 @@ def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
     room = room_on(device, card)
     most = start.state.micro_batch or s["batch_size"] or fit.at_once(training, windows, room)
     batch = largest_divisor(windows, most)
-    training = replace(training, accumulates=batch < windows)
     say(model_line(empty))
     assumed = source == "scratch" and not s["vocab_size"]
     say(data_line(data, training, s["tokens_per_step"], s["max_iters"], assumed))
@@ -371,7 +379,7 @@ def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
     numbers = num_parameters(empty) + moments(groups_of(empty, s["optimizer"]))
     there, disk = existing(out), disk_needed(s, numbers)
     say(disk_line(there, **disk))
-    sizes = batch, s["tokens_per_step"], s["max_iters"], start.state.iter_num
+    sizes = most, s["tokens_per_step"], s["max_iters"], start.state.iter_num
     for line in plan(training, device, card, *sizes):
         say(line)
     check_disk(there, **disk)

@@ -6,16 +6,26 @@ from dataclasses import dataclass
 
 import torch
 
-# Share of its 16-bit peak that a card reaches in training, a guess where none is known. Reported:
-# 22.7k tokens/s of the reference run on an RTX 3090, 2.12 GFLOP each, are 0.68 of 71 TFLOP/s.
-ASSUMED_MFU = 0.5
-KNOWN_MFU = {  # of the reference's model, and whose word that is
-    "RTX 3090": (0.68, "as the reference run is reported"),
-    "H200": (0.437, "as measured on one"),
-    "H100 80GB": (0.437, "as measured on an H200, which has the same chip"),
+BACKWARD = 0.85  # of the rate of attention that its backward pass reaches, assumed
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The shares of its peaks that a card reaches in training, and whose word that is."""
+
+    products: float  # of matrices, of the FLOP/s
+    attention: float  # of the FLOP/s
+    memory: float  # of the bytes/s
+    source: str  # of the first
+    copied: str = "assumed"  # of the last
+
+
+GUESS = Reach(0.7, 0.5, 0.9, "a guess")
+KNOWN = {  # what attention reaches is assumed; the H200's memory was measured by a copy
+    "RTX 3090": Reach(0.754, 0.6, 0.9, "fitted to the reference run as it is reported"),
+    "H200": Reach(0.53, 0.3, 0.86, "fitted to the reference on an H200", "measured on an H200"),
 }
-# Narrower models, and fewer tokens at once, keep no card busy: nobody has reported how far.
-LEAST_WIDTH, LEAST_TOKENS = 768, 4096
+SAME_CHIP = {"H100 80GB": "H200"}
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,15 @@ class Card:
     name: str  # the whole one but for the maker, socket, and (if there is one size only) memory
     tflops: float  # dense bf16 (fp16 where half says so), with fp32 accumulation
     memory: int  # GiB
+    gigabytes: float  # of its memory that it moves in a second, 1e9
     link: float = 12e9  # to the next card of the machine
     network: float = 12.5e9  # between machines
     half: torch.dtype = torch.bfloat16
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of its memory."""
+        return self.gigabytes * 1e9
 
     def peak(self, dtype: torch.dtype) -> float:
         """Dense FLOP/s in a type. float32 is TF32, at half the 16-bit rate, where the card has it.
@@ -43,49 +59,49 @@ class Card:
 
 
 CARDS = (  # a laptop's card of the same number is slower, and has another name
-    Card("A10", 125.0, 24),
-    Card("A40", 150.0, 48),
-    Card("A100 40GB", 312.0, 40, 230e9, 100e9),
-    Card("A100 80GB", 312.0, 80, 230e9, 100e9),
-    Card("A100 PCIe 40GB", 312.0, 40),
-    Card("A100 PCIe 80GB", 312.0, 80),
-    Card("H100 80GB", 989.0, 80, 370e9, 200e9),
-    Card("H100 NVL", 835.0, 94),
-    Card("H100 PCIe", 756.0, 80),
-    Card("H200", 989.0, 141, 370e9, 200e9),
-    Card("L4", 121.0, 24),
-    Card("L40S", 362.0, 48),
-    Card("RTX 3050", 18.2, 8),
-    Card("RTX 3060", 25.5, 12),
-    Card("RTX 3060 Ti", 32.4, 8),
-    Card("RTX 3070", 40.6, 8),
-    Card("RTX 3070 Ti", 43.5, 8),
-    Card("RTX 3080", 59.5, 10),
-    Card("RTX 3080 Ti", 68.2, 12),
-    Card("RTX 3090", 71.0, 24),
-    Card("RTX 3090 Ti", 80.0, 24),
-    Card("RTX 4060", 30.2, 8),
-    Card("RTX 4060 Ti 8GB", 44.1, 8),
-    Card("RTX 4060 Ti 16GB", 44.1, 16),
-    Card("RTX 4070", 58.3, 12),
-    Card("RTX 4070 SUPER", 71.0, 12),
-    Card("RTX 4070 Ti", 80.2, 12),
-    Card("RTX 4070 Ti SUPER", 88.2, 16),
-    Card("RTX 4080", 97.5, 16),
-    Card("RTX 4080 SUPER", 104.4, 16),
-    Card("RTX 4090", 165.0, 24),
-    Card("RTX 4090 D", 147.1, 24),
-    Card("RTX 5060 Ti 8GB", 47.4, 8),
-    Card("RTX 5060 Ti 16GB", 47.4, 16),
-    Card("RTX 5070", 61.7, 12),
-    Card("RTX 5070 Ti", 87.9, 16),
-    Card("RTX 5080", 112.6, 16),
-    Card("RTX 5090", 209.5, 32),
-    Card("RTX 6000 Ada", 364.0, 48),
-    Card("RTX A6000", 155.0, 48),
-    Card("T4", 65.0, 16, half=torch.float16),
-    Card("V100 16GB", 125.0, 16, 100e9, half=torch.float16),
-    Card("V100 32GB", 125.0, 32, 100e9, half=torch.float16),
+    Card("A10", 125.0, 24, 600),
+    Card("A40", 150.0, 48, 696),
+    Card("A100 40GB", 312.0, 40, 1555, 230e9, 100e9),
+    Card("A100 80GB", 312.0, 80, 2039, 230e9, 100e9),
+    Card("A100 PCIe 40GB", 312.0, 40, 1555),
+    Card("A100 PCIe 80GB", 312.0, 80, 1935),
+    Card("H100 80GB", 989.0, 80, 3350, 370e9, 200e9),
+    Card("H100 NVL", 835.0, 94, 3900),
+    Card("H100 PCIe", 756.0, 80, 2000),
+    Card("H200", 989.0, 141, 4800, 370e9, 200e9),
+    Card("L4", 121.0, 24, 300),
+    Card("L40S", 362.0, 48, 864),
+    Card("RTX 3050", 18.2, 8, 224),
+    Card("RTX 3060", 25.5, 12, 360),
+    Card("RTX 3060 Ti", 32.4, 8, 448),
+    Card("RTX 3070", 40.6, 8, 448),
+    Card("RTX 3070 Ti", 43.5, 8, 608),
+    Card("RTX 3080", 59.5, 10, 760),
+    Card("RTX 3080 Ti", 68.2, 12, 912),
+    Card("RTX 3090", 71.0, 24, 936),
+    Card("RTX 3090 Ti", 80.0, 24, 1008),
+    Card("RTX 4060", 30.2, 8, 272),
+    Card("RTX 4060 Ti 8GB", 44.1, 8, 288),
+    Card("RTX 4060 Ti 16GB", 44.1, 16, 288),
+    Card("RTX 4070", 58.3, 12, 504),
+    Card("RTX 4070 SUPER", 71.0, 12, 504),
+    Card("RTX 4070 Ti", 80.2, 12, 504),
+    Card("RTX 4070 Ti SUPER", 88.2, 16, 672),
+    Card("RTX 4080", 97.5, 16, 717),
+    Card("RTX 4080 SUPER", 104.4, 16, 736),
+    Card("RTX 4090", 165.0, 24, 1008),
+    Card("RTX 4090 D", 147.1, 24, 1008),
+    Card("RTX 5060 Ti 8GB", 47.4, 8, 448),
+    Card("RTX 5060 Ti 16GB", 47.4, 16, 448),
+    Card("RTX 5070", 61.7, 12, 672),
+    Card("RTX 5070 Ti", 87.9, 16, 896),
+    Card("RTX 5080", 112.6, 16, 960),
+    Card("RTX 5090", 209.5, 32, 1792),
+    Card("RTX 6000 Ada", 364.0, 48, 960),
+    Card("RTX A6000", 155.0, 48, 768),
+    Card("T4", 65.0, 16, 320, half=torch.float16),
+    Card("V100 16GB", 125.0, 16, 900, 100e9, half=torch.float16),
+    Card("V100 32GB", 125.0, 32, 900, 100e9, half=torch.float16),
 )
 
 
@@ -128,13 +144,6 @@ def find_card(name: str) -> Card | None:
     return found[0]
 
 
-def assumed_share(card: Card, dtype: torch.dtype, width: int, tokens: int) -> tuple[float, str]:
-    """The share of its peak that training is assumed to reach on a card, and whose word that is.
-
-    width: of the model; tokens: in a micro-step.
-    """
-    if width < LEAST_WIDTH or tokens < LEAST_TOKENS:
-        return ASSUMED_MFU, "a guess, and more than so small a model reaches"
-    if dtype != torch.float32 and card.name in KNOWN_MFU:
-        return KNOWN_MFU[card.name]
-    return ASSUMED_MFU, "a guess"
+def reach_of(card: Card) -> Reach:
+    """What is known of a card, or of one with the same chip, or else a guess."""
+    return KNOWN.get(SAME_CHIP.get(card.name, card.name), GUESS)

@@ -204,12 +204,15 @@ def save_memory(model: GPT, level: int) -> None:
     """Have a model that is about to be compiled take less memory.
 
     0: backward finds all that a matrix product reads, torch's default (2.13). 1: it computes
-    SwiGLU's product and the norms again. 2: and the head and its loss come in pieces. On a CPU 1 is
-    as fast as 0. A GPU goes from 0 to 2, which is no slower than 1 (docs/speed.md).
+    SwiGLU's product and the norms again. 2: and the head and its loss come in pieces, and queries
+    and keys are normed and turned again. On a CPU 1 is as fast as 0. A GPU goes from 0 to 2, which
+    is no slower than 1 (docs/speed.md).
     """
     from torch._functorch import config  # only those who compile need it
 
     config.ban_recompute_materialized_backward = level == 0
+    # without a norm there is nothing to gain, and loops would be computed again for nothing
+    config.ban_recompute_used_far_apart = level < 2 or not model.config.qk_norm
     model.loss_pieces = LOSS_PIECES if level > 1 else 1
 
 

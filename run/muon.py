@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -103,6 +103,12 @@ def batches(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     for shape, found in itertools.groupby(by_shape, lambda p: tuple(p.shape)):
         same, most = list(found), max(1, AT_ONCE // math.prod(shape))
         yield from (same[i : i + most] for i in range(0, len(same), most))
+
+
+def operations(shapes: Iterable[Sequence[int]]) -> float:
+    """FLOP of the products of an update of matrices of these shapes."""
+    sides = [sorted(shape) for shape in shapes]
+    return len(STEPS) * sum(4.0 * m * m * n + 2.0 * m**3 for m, n in sides)
 
 
 def workspace(params: Iterable[Tensor], dtype: torch.dtype) -> int:

@@ -279,10 +279,10 @@ def test_a_hung_data_source_ends_the_run(slow_run, tmp_path, whole):
 @posix
 def test_a_paused_run_is_not_a_hung_one(slow_run, tmp_path, whole):
     """Ctrl-Z, and fg after a while."""
-    process = start([*slow_run, "--watchdog_minutes=0.05"], STEP_SLOWLY)
+    process = start([*slow_run, "--watchdog_minutes=0.1"], STEP_SLOWLY)
     wait_for(tmp_path / "out" / "ckpt_5.pt")
     process.send_signal(signal.SIGTSTP)
-    time.sleep(5)
+    time.sleep(8)
     process.send_signal(signal.SIGCONT)
     must(process)
     assert_whole(tmp_path / "out", whole)

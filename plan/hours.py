@@ -1,0 +1,241 @@
+"""How long a training step takes on a card that is not here, read off the graph that training runs.
+
+What a kernel does is counted, as are the bytes that fused loops read and write. How fast a card
+does it is not: the shares of its peaks are fitted, measured or assumed (run/cards.py says which).
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from model import GPT, num_parameters
+from plan import memory
+from plan.memory import Lifetimes, Training, is_kernel, op_name
+from run import cards, muon, optim
+
+PRODUCTS, ATTENTION, MEMORY = "products", "attention", "memory"
+KERNEL_S = 5e-6  # of a CPU's work to launch a kernel, assumed: a small model's GPU waits for it
+UNCOMPILED = 3.5  # times as long as compiled, measured on an H200
+# Bytes of a parameter that an update moves: the norm of its gradient, the clipped gradient, and
+# AdamW's reading and writing of weight, gradient and moments.
+UPDATE_BYTES = 4 + 8 + 28
+SUM_BYTES = 12  # of a parameter, when a micro-step's gradient is added to the others
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel does, or several loops that do the like: FLOP and bytes of a micro-step."""
+
+    kind: str
+    flops: float
+    nbytes: float
+    share: float = 1.0  # of the rate of its kind that it reaches
+    count: int = 1
+
+    def seconds(self, card: cards.Card, dtype: torch.dtype) -> float:
+        """On a card: it computes while it reads."""
+        reach = cards.reach_of(card)
+        share = {PRODUCTS: reach.products, ATTENTION: reach.attention}.get(self.kind, 1.0)
+        computes = self.flops / (share * self.share * card.peak(dtype))
+        return max(computes, self.nbytes / (reach.memory * card.bandwidth))
+
+
+# ---------------------------------------------------------------- what is done
+
+
+def flops_of(name: str, shapes: list[torch.Size]) -> float:
+    """Of a product of the last two tensors, or of causal attention, by the first one's shape."""
+    if name in ("mm", "addmm", "bmm", "baddbmm"):
+        a, b = shapes[-2:]
+        return 2.0 * math.prod(a) * b[-1]
+    if "attention" in name:
+        queries = shapes["backward" in name]
+        return 4.0 * math.prod(queries) * queries[-2] / 2 * (2.5 if "backward" in name else 1)
+    return 0.0
+
+
+def kernel_of(name: str, shapes: list[torch.Size], nbytes: float, grown: float) -> Kernel:
+    """An operator that is called as it is. grown: by what its FLOP and batch are larger."""
+    flops = flops_of(name, shapes) * grown
+    if "attention" in name:  # backward has more products that wait for each other
+        return Kernel(ATTENTION, flops, nbytes, cards.BACKWARD if "backward" in name else 1.0)
+    return Kernel(PRODUCTS if flops else MEMORY, flops, nbytes)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors of a value, but for a random generator's state of unknown length."""
+    found = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    return [t for t in found if isinstance(t.numel(), int)]
+
+
+def sizer(training: Training, batch: int) -> Callable[[Any], float]:
+    """A function that tells the bytes of a value with `batch` windows, of one that was traced."""
+    traced = memory.probe(training.config)
+
+    def nbytes(value: Any) -> float:
+        found = 0.0
+        for t in tensors(value):
+            grown = batch / traced if t.numel() % traced == 0 else 1.0
+            found += t.numel() * t.element_size() * grown
+        return found
+
+    return nbytes
+
+
+class Loops:
+    """The fused loops of a compiled graph: what each of them reads and writes.
+
+    Loops run between two kernels that wait for each other. What only loops read is computed again
+    in each, unless it is smaller than what it is made of. What nobody waits for joins the loop that
+    reads most of the same.
+    """
+
+    def __init__(self, graph: fx.Graph, nbytes: Callable[[fx.Node], float]) -> None:
+        life = Lifetimes(graph)
+        self.nbytes, self.stage = nbytes, life.stage
+        values = [n for n in life.nodes if life.base[n] is n]
+        readers: dict[fx.Node, list[fx.Node]] = {n: [] for n in life.nodes}
+        for n in values:
+            for a in {life.base[a] for a in n.all_input_nodes}:
+                readers[a].append(n)
+        end = max(life.stage.values())
+        latest: dict[fx.Node, int] = {}
+        for n in reversed(values):
+            after = (latest[r] - is_kernel(n) for r in readers[n] if r.op != "output")
+            latest[n] = min(after, default=end)
+        self.reads: dict[fx.Node, set[fx.Node]] = {}
+        written: list[fx.Node] = []
+        self.kernels: list[fx.Node] = []
+        there: set[fx.Node] = {n for n in life.nodes if n.op == "placeholder"}
+        for n in values:
+            self.reads[n] = set()
+            for a in (life.base[a] for a in n.all_input_nodes):
+                self.reads[n] |= {a} if a in there else self.reads[a]
+            if n not in life.real:
+                continue
+            called = is_kernel(n) or n.target is operator.getitem
+            smaller = nbytes(n) < sum(map(nbytes, self.reads[n]))
+            if called or n in life.kept or smaller or any(map(is_kernel, readers[n])):
+                there.add(n)
+            if is_kernel(n):
+                self.kernels.append(n)
+            elif not called and n in there:
+                written.append(n)
+        self.groups: dict[int, tuple[set[fx.Node], set[fx.Node]]] = {}  # read and written
+        for n in sorted(written, key=lambda n: latest[n] > life.stage[n]):
+            stages = range(life.stage[n], latest[n] + 1) if latest[n] > life.stage[n] else ()
+            at = max((s for s in stages if s in self.groups), key=self.shared(n), default=None)
+            read, made = self.groups.setdefault(life.stage[n] if at is None else at, (set(), set()))
+            read |= self.reads[n]
+            made.add(n)
+
+    def shared(self, n: fx.Node) -> Callable[[int], float]:
+        """A function that tells the bytes that a value is made of and a stage's loops have."""
+
+        def of_stage(stage: int) -> float:
+            read, made = self.groups[stage]
+            return sum(map(self.nbytes, self.reads[n] & (read | made)))
+
+        return of_stage
+
+    def all(self) -> Iterator[Kernel]:
+        """The loops."""
+        for read, made in self.groups.values():
+            yield Kernel(MEMORY, 0.0, sum(map(self.nbytes, read | made)), count=len(made))
+
+
+def kernels_of(training: Training, batch: int) -> Iterator[Kernel]:
+    """The kernels of a micro-step of the compiled graph."""
+    size, grown = sizer(training, batch), batch / memory.probe(training.config)
+
+    def nbytes(n: fx.Node) -> float:
+        return size(n.meta.get("val"))
+
+    for graph in memory.captured(training):
+        loops = Loops(graph, nbytes)
+        yield from loops.all()
+        for n in loops.kernels:
+            shapes = [t.shape for a in n.all_input_nodes for t in tensors(a.meta.get("val"))]
+            moved = sum(map(nbytes, loops.reads[n])) + nbytes(n)
+            inner = (a.__name__ for a in n.args if isinstance(a, torch._ops.OpOverload))
+            name = next(inner, op_name(n))  # of what runs with another random state
+            yield kernel_of(name.partition(".")[0], shapes, moved, grown)
+
+
+# ---------------------------------------------------------------- how long it takes
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a micro-step, by kind of kernel, and the number of kernels."""
+
+    products: float
+    attention: float
+    memory: float
+    kernels: float
+
+    @property
+    def works(self) -> float:
+        """Of the GPU."""
+        return self.products + self.attention + self.memory
+
+    @property
+    def waits(self) -> bool:
+        """Whether the GPU waits for the CPU, which launches."""
+        return self.kernels * KERNEL_S > self.works
+
+    @property
+    def total(self) -> float:
+        """The slower of both counts."""
+        return max(self.works, self.kernels * KERNEL_S)
+
+
+def times_of(kernels: Iterable[Kernel], card: cards.Card, dtype: torch.dtype) -> list[float]:
+    """As the fields of Times."""
+    found = dict.fromkeys((PRODUCTS, ATTENTION, MEMORY), 0.0)
+    count = 0
+    for kernel in kernels:
+        found[kernel.kind] += kernel.seconds(card, dtype)
+        count += kernel.count
+    return [*found.values(), float(count)]
+
+
+@functools.lru_cache(maxsize=64)
+def micro_step(training: Training, batch: int, card: cards.Card) -> Times:
+    """Of a training, compiled. It grows with each layer by the same amount, as memory does."""
+    layers, dtype = training.config.num_hidden_layers, training.dtype
+    depths = memory.LAYERS if layers > max(memory.LAYERS) else (layers,)
+    found = []
+    for depth in depths:
+        less = memory.shallow(replace(training, compiled=True), depth)
+        found.append(times_of(kernels_of(less, batch), card, dtype))
+    first, last = found[0], found[-1]
+    return Times(*(a + (layers - depths[0]) * (b - a) for a, b in zip(first, last, strict=True)))
+
+
+def update(training: Training, batch: int, micro_steps: int, card: cards.Card) -> float:
+    """Seconds of an update of so many micro-steps on one card."""
+    with torch.device("meta"):
+        model = GPT(training.config)
+    matrices = [
+        p.shape
+        for group in optim.groups_of(model, training.optimizer)
+        for p in group["params"]
+        if "momentum" in group
+    ]
+    turned = Kernel(PRODUCTS, muon.operations(matrices), 0.0)
+    sums = (micro_steps - 1) * SUM_BYTES
+    moved = Kernel(MEMORY, 0.0, (sums + UPDATE_BYTES) * num_parameters(model))
+    times = 1.0 if training.compiled else UNCOMPILED
+    return (
+        micro_steps * times * micro_step(training, batch, card).total
+        + turned.seconds(card, optim.muon_dtype(training.dtype))
+        + moved.seconds(card, training.dtype)
+    )

@@ -3,8 +3,9 @@
 All that is planned, promised or assumed about a GPU: speed, memory against the
 plan, running out of memory, resuming, decoding and more. A step that fails or
 hangs stops no other. Results go to a JSON report, step by step, and into two
-tables at the end; please send both. --device=cpu --tiny=True tries the bench
-itself where there is no GPU.
+tables at the end; please send both. --peer=PATH/model.py adds a step that
+trains beside other projects' models, three minutes more. --device=cpu
+--tiny=True tries the bench itself where there is no GPU.
 """
 
 import sys
@@ -30,21 +31,27 @@ from bench import gpu_steps, gpu_training
 from bench.commands import started
 from bench.gpu_probe import MARK, Setup
 from bench.gpu_report import Result, judge, memory_table, newest, read_report, table
+from bench.settings import peers
 from configurator import configure
 from run import script
 from run.settings import check_way
 from text import files
 
 steps = ""  # which steps to run, as 2,8; empty = all
+peer = ""  # litgpt, or other model.py files, with commas between, as in bench/train.py
 report = "out/gpu.json"  # the file that results are added to
 device = "auto"  # auto, cuda, cuda:1; cpu with tiny
 tiny = False  # toy sizes, to try the bench itself, be it on a CPU
 
 
-def chosen_steps(text: str) -> list[int]:
-    """The steps of 2,8, all for "", the tests last. Raises ValueError for others."""
+def chosen_steps(text: str, beside: bool) -> list[int]:
+    """The steps of 2,8, all for "", the tests last. Raises ValueError for others.
+
+    beside: "" has the one beside others, too.
+    """
     there = range(len(gpu_steps.STEPS))
-    names = text.replace(" ", "").split(",") if text.strip() else map(str, there)
+    usual = [n for n in there if beside or n != gpu_steps.OTHERS]
+    names = text.replace(" ", "").split(",") if text.strip() else map(str, usual)
     numbers = {int(n) if n.isdecimal() else -1 for n in names}
     if not numbers <= set(there):
         known = ", ".join(f"{i} {s.name}" for i, s in enumerate(gpu_steps.STEPS))
@@ -130,7 +137,7 @@ def line_of(row: Result) -> str:
     return f"{row['step']:>2} {row['name']}, {row['seconds']:.0f} s: {words}: {facts}"
 
 
-def run(folder: Path, numbers: list[int], path: Path, device: str, tiny: bool) -> None:
+def run(folder: Path, numbers: list[int], path: Path, device: str, tiny: bool, peer: str) -> None:
     """Run steps, print each result when it is known, and then tables; raises ValueError at last.
 
     A step may also take the time that those before it and those not asked for leave.
@@ -142,10 +149,12 @@ def run(folder: Path, numbers: list[int], path: Path, device: str, tiny: bool) -
     gpu_training.write_tokens(folder / "data", vocabulary)
     limits = [step.seconds for step in gpu_steps.STEPS]
     left, card, failed = float(sum(limits)), "unknown", []
+    if gpu_steps.OTHERS not in numbers:
+        left -= limits[gpu_steps.OTHERS]
     try:
         for i, number in enumerate(numbers):
             later = sum(limits[n] for n in numbers[i + 1 :])
-            setup = Setup(str(folder), str(path), device, tiny, left - later)
+            setup = Setup(str(folder), str(path), device, tiny, left - later, peer)
             row = result_of(number, setup, card)
             left -= min(row["seconds"], setup.seconds)
             card = row["card"]
@@ -162,11 +171,12 @@ def run(folder: Path, numbers: list[int], path: Path, device: str, tiny: bool) -
 
 
 def main() -> None:
-    numbers, chosen = chosen_steps(steps), chosen_device(device, tiny)
+    beside = ",".join(peers(peer))
+    numbers, chosen = chosen_steps(steps, bool(beside)), chosen_device(device, tiny)
     path = files.path_of(report).resolve()
     check_way(f"report={report}", path.parent)
     with tempfile.TemporaryDirectory() as folder:
-        run(Path(folder), numbers, path, chosen, tiny)
+        run(Path(folder), numbers, path, chosen, tiny, beside)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ class Setup(NamedTuple):
     device: str
     tiny: bool  # toy sizes: to try the bench, not the machine
     seconds: float  # until the process is killed
+    peer: str = ""  # bench/train.py's: the models that stand beside ours
 
 
 def emit(*facts: str, checks: dict[str, bool] | None = None, **figures: Any) -> None:
@@ -43,6 +46,15 @@ def device_of(setup: Setup) -> torch.device:
 def card_of(setup: Setup) -> str:
     """The device as the report names it."""
     return machine.describe(device_of(setup))
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver, "" where nobody tells."""
+    if not (smi := shutil.which("nvidia-smi")):
+        return ""
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    told = subprocess.run(query, capture_output=True, text=True, encoding="utf-8")
+    return " ".join(told.stdout.split()[:1])
 
 
 def synchronise(device: torch.device) -> None:

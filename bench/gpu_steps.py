@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from bench.gpu_probe import (
     Setup,
     card_of,
     device_of,
+    driver,
     emit,
     memory_figures,
     seconds,
@@ -73,10 +73,7 @@ def speeds(setup: Setup) -> None:
     for name in ("triton", "transformers", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    if smi := shutil.which("nvidia-smi"):
-        query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-        told = subprocess.run(query, capture_output=True, text=True, encoding="utf-8")
-        found["driver"] = " ".join(told.stdout.split()[:1])
+    found["driver"] = driver()
     emit(**found, cuda=torch.version.cuda, python=sys.version.split()[0], system=sys.platform)
     model = GPT(GPTConfig(num_hidden_layers=1, vocab_size=64)).to(device)
     kernel = choose_attention(model, machine.select_dtype("auto", device)[0])
@@ -322,6 +319,32 @@ def profiled(setup: Setup) -> None:
     emit(checks={"a table of kernels": bool(kernels)}, kernels_ms_calls=kernels)
 
 
+def beside_others(setup: Setup) -> None:
+    """The reference's training steps beside transformers' and other projects': bench/train.py."""
+    shape = {"layers": 24, "hidden": 1024, "batch": 12, "context": 1024, "micro_steps": 4}
+    how = {"mode": "compiled", "dtype": "bfloat16", "repeats": 4}
+    if setup.tiny:
+        shape = {"layers": 1, "hidden": 64, "batch": 1, "context": 32}
+        how = {"mode": "eager", "repeats": 1}
+    flags = shape | how | {"device": setup.device, "peer": setup.peer}
+    command = [sys.executable, "bench/train.py", *(f"--{k}={v}" for k, v in flags.items())]
+    found: dict[str, float] = {}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=pipe, text=True, encoding="utf-8"
+    ) as process:
+        for line in process.stdout or ():
+            cells = [cell.strip() for cell in line.strip("| \n").split(" | ")]
+            if line.startswith("| ") and ", " in cells[0]:
+                name, speed = cells[0].partition(",")[0], float(cells[1].replace(",", ""))
+                found[name] = speed
+                figures: Figures = {f"{name}_tokens_per_s": speed}
+                emit(f"{name} {speed:,.0f} tokens/s", **figures)
+    others = {k: v for k, v in found.items() if k != "ours"}
+    fastest = found.get("ours", 0.0) > max(others.values(), default=math.inf)
+    emit(checks={"ours is the fastest": fastest or setup.tiny and len(found) > 1})
+
+
 class Step(NamedTuple):
     """A name, the seconds it may take, and what its process does."""
 
@@ -344,9 +367,11 @@ STEPS = (
     Step("torchrun", 28, torchrun),
     Step("12 layers", 67, half_depth),
     Step("cuDNN, profile", 35, profiled),
+    Step("beside others", 150, beside_others),
 )
 TESTS = 1  # this step runs last, in the time that is left
 CUDNN = 12  # in this one cuDNN's attention is allowed, which data centres' cards take
+OTHERS = 13  # this one is left out unless it is asked for
 
 
 def main(number: int, setup: Setup) -> None:

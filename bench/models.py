@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from bench.settings import LITGPT
 from formats import hf
 from model import GPT, GPTConfig
 
@@ -67,6 +69,8 @@ def build(name: str, config: GPTConfig) -> tuple[Any, Loss]:
         settings = hf.config_json(config, torch.float32, {}) | {"attn_implementation": "sdpa"}
         llama = LlamaForCausalLM(LlamaConfig(**settings))
         return llama, lambda net, x, y: net(input_ids=x, labels=x, use_cache=False).loss
+    if name == LITGPT:
+        return litgpt(config), lambda net, x, y: F.cross_entropy(net(x).flatten(0, 1), y.flatten())
     peer = load_peer(name)
     ours = dataclasses.asdict(config)
     known = {f.name: NANOGPT.get(f.name, f.name) for f in dataclasses.fields(peer.GPTConfig)}
@@ -74,6 +78,36 @@ def build(name: str, config: GPTConfig) -> tuple[Any, Loss]:
     if "bias" in known:
         given["bias"] = False
     return peer.GPT(peer.GPTConfig(**given)), lambda net, x, y: net(x, y)[1]
+
+
+def litgpt(config: GPTConfig) -> Any:
+    """The package's model of our shape. Raises ValueError where it is not installed."""
+    try:
+        from litgpt.config import Config
+        from litgpt.model import GPT as LitGPT
+    except ImportError as e:
+        raise ValueError(f"peer=litgpt: {e}; pip install litgpt") from e
+    sizes = Config(
+        block_size=config.max_position_embeddings,
+        n_layer=config.num_hidden_layers,
+        n_embd=config.hidden_size,
+        vocab_size=config.vocab_size,
+        padded_vocab_size=config.vocab_size,
+        norm_class_name="RMSNorm",
+        norm_eps=config.rms_norm_eps,
+        parallel_residual=False,
+        n_head=config.num_attention_heads,
+        head_size=config.head_dim,
+        n_query_groups=config.num_key_value_heads,
+        rope_base=int(config.rope_theta),
+        rotary_percentage=1.0,
+        intermediate_size=config.intermediate_size,
+        mlp_class_name="LLaMAMLP",
+        bias=False,
+    )
+    net = LitGPT(sizes)
+    net.lm_head.weight = net.transformer.wte.weight  # tied, as ours
+    return net
 
 
 def load_peer(path: str) -> ModuleType:

@@ -4,6 +4,7 @@ from text.files import path_of
 
 MODES = {"eager": [False], "compiled": [True], "both": [False, True]}  # -> compiled or not
 DTYPES = ("float32", "bfloat16")
+LITGPT = "litgpt"
 
 
 def check(mode: str = "both", dtype: str = "float32", png: str = "", **counts: int) -> None:
@@ -27,10 +28,12 @@ def check(mode: str = "both", dtype: str = "float32", png: str = "", **counts: i
 def peers(paths: str) -> list[str]:
     """The files of a setting with commas between, whatever folder a process will run in.
 
-    Raises ValueError for one that is not there.
+    litgpt stands for that package. Raises ValueError for a file that is not there.
     """
-    found = [path_of(path.strip()).resolve() for path in paths.split(",") if path.strip()]
-    for path in found:
-        if not path.is_file():
-            raise ValueError(f"peer: there is no file {path}; write the PATH of a model.py")
-    return [str(path) for path in found]
+    found = []
+    for name in filter(None, map(str.strip, paths.split(","))):
+        path = path_of(name).resolve()
+        if name != LITGPT and not path.is_file():
+            raise ValueError(f"peer: there is no file {path}; write litgpt, or a model.py's PATH")
+        found.append(name if name == LITGPT else str(path))
+    return found

@@ -17,11 +17,13 @@ if __name__ == "__main__":  # the repository, not this folder, whose train.py is
     interrupt.take(interrupt.end)
 
 import contextlib
+import importlib.util
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from bench.gpu_probe import driver
 from bench.gpu_probe import seconds as seconds_of
 from bench.models import Shape
 from bench.picture import draw_bars
@@ -34,7 +36,7 @@ from run import machine, script
 from run.cost import flops_per_token
 
 # what
-peer = ""  # other model.py files, EasyGPT's or nanoGPT's, with commas between
+peer = ""  # litgpt, or model.py files, EasyGPT's or nanoGPT's, with commas between
 mode = "both"  # eager, compiled or both
 dtype = "float32"  # or bfloat16, by autocast
 layers = 6  # blocks of the model
@@ -107,13 +109,15 @@ def main() -> None:
     place = machine.select_device(device)
     if place.type == "cuda":
         machine.tune(place)  # as the trainers do
-    names = ["ours", "transformers", *peers(peer)]
+    there = importlib.util.find_spec("transformers") is not None
+    names = ["ours", *["transformers"] * there, *peers(peer)]
     how = dtype, device, micro_steps
     kinds = [Kind(name, compiled, shape, *how) for compiled in MODES[mode] for name in names]
     seconds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
     peaks: dict[Kind, int] = {}
     bars: list[tuple[str, float]] = []
     where = f"{machine.describe(place)}, torch {torch.__version__}"
+    where += f", driver {driver()}" * (place.type == "cuda")
     print(f"{shape}, {micro_steps} micro-steps, {dtype}, {where}", flush=True)
     most = matmul_peak(dtype, place) / flops_per_token(GPT(shape.config))
     at_once = len(kinds) if place.type == "cuda" and (os.cpu_count() or 1) >= 8 else 1

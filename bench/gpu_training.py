@@ -214,7 +214,7 @@ def training_of(settings: Figures, device: torch.device, vocabulary: int) -> tup
     """What the plan has to know of a run, and the windows of an update."""
     config = dataclasses.replace(config_of(settings), vocab_size=-(-vocabulary // 64) * 64)
     where = machine.Machine(device, *machine.select_dtype(settings["dtype"], device))
-    training = plan.training_of(settings, config, where, 0.0, True, "", 1)  # compiled as set
+    training = plan.training_of(settings, config, where, 0.0, "")  # compiled as set
     return training, settings["tokens_per_step"] // config.max_position_embeddings
 
 

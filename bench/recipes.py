@@ -21,6 +21,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -34,12 +35,12 @@ import torch
 from bench.commands import LOOK_S, started
 from bench.settings import check
 from configurator import configure
-from run import machine, script
+from run import interrupt, machine, script
 from run.records import read_records
-from run.settings import check_folder
+from run.settings import check_folder, check_way
 from text import files
 from text.files import path_of, reason
-from text.tokens import read_meta
+from text.tokens import TokenData
 
 # what
 dataset = ""  # a folder of data/prepare.py, with 20 million tokens for the largest size
@@ -50,7 +51,7 @@ share = 1.0  # of the tokens, for a quick try
 # how
 jobs = 1  # runs at a time, which share the cores
 out_dir = "out/recipes"  # where the runs live until they are finished
-curves = "assets/recipes"  # folder of the finished curves
+curves = ""  # folder of the finished curves; empty = assets/recipes, or with a share below out_dir
 png = ""  # also draw the curves into this file
 
 CONTEXT, WINDOWS = 256, 32  # 8,192 tokens an update
@@ -206,7 +207,7 @@ class Bench:
         self.kept, self.data, self.share, self.jobs = kept, data, share, jobs
         self.text: dict[str, Any] = {"dataset": data.name}
         if data.is_dir():  # its curves are as good without it
-            self.text["train_tokens"] = read_meta(data)["splits"]["train"]["tokens"]
+            self.text["train_tokens"] = TokenData(data, "train", CONTEXT, 2**31).tokens
         self.out = out / "-".join(map(str, self.text.values()))
 
     def path(self, run: Run) -> Path:
@@ -219,16 +220,20 @@ class Bench:
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             points = list(zip(found["tokens"], found["loss"], strict=True))
-            whole = bool(points) and all(math.isfinite(n) for point in points for n in point)
-            theirs = {k: found[k] for k in self.text}
-        except (ValueError, KeyError, TypeError) as e:
+            losses = all(isinstance(loss, float) and 0 < loss < math.inf for _, loss in points)
+            theirs, same = ({k: found[k] for k in keys} for keys in (self.text, self.head(run)))
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise ValueError(f"{path} is no curve ({reason(e)}); remove it") from e
-        if not whole:
-            raise ValueError(f"{path} has no losses; remove it")
+        if not points or not losses or same != self.head(run):
+            raise ValueError(f"{path} is no curve of this run; remove it")
         if theirs != self.text:
             ours, other = (", ".join(map(str, text.values())) for text in (self.text, theirs))
             raise ValueError(f"{path} is of {other}, not of {ours}; take another --curves")
         return found
+
+    def head(self, run: Run) -> dict[str, Any]:
+        """What a run's curve says of it."""
+        return {"size": run.size.name, "settings": dict(run.how), "seed": run.seed}
 
     def keep(self, run: Run) -> None:
         """Write the curve of a run that has ended, and remove its checkpoints."""
@@ -236,9 +241,7 @@ class Bench:
         points = [r for r in read_records(folder / "metrics.jsonl") if "val_loss" in r]
         where = machine.describe(machine.select_device("auto"))
         found = {
-            "size": run.size.name,
-            "settings": dict(run.how),
-            "seed": run.seed,
+            **self.head(run),
             **self.text,
             "machine": f"{where}, torch {torch.__version__}",
             "tokens": [r["tokens"] for r in points],
@@ -253,18 +256,19 @@ class Bench:
         """Train, as many at a time as there are jobs. The first that fails ends the others."""
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         waiting = list(runs)
-        with contextlib.ExitStack() as stack:
-            going: dict[Run, Callable[[], bool]] = {}
+        with contextlib.ExitStack() as all_runs:
+            going: dict[Run, tuple[Callable[[], bool], contextlib.ExitStack]] = {}
             while waiting or going:
                 while waiting and len(going) < self.jobs:
                     run = waiting.pop(0)
                     folder = self.out / run.key(self.share)
                     command = ["train.py", *flags_of(run, folder, self.data, self.share)]
-                    going[run] = stack.enter_context(training(command, threads))
+                    process = all_runs.enter_context(contextlib.ExitStack())
+                    going[run] = process.enter_context(training(command, threads)), process
                 time.sleep(LOOK_S)
-                for run in [run for run, ended in going.items() if ended()]:
+                for run in [run for run, (ended, _) in going.items() if ended()]:
+                    going.pop(run)[1].close()
                     self.keep(run)
-                    del going[run]
 
     def losses(self, runs: Sequence[Run]) -> list[float]:
         """Make the runs that are not there yet; the final losses of all."""
@@ -424,7 +428,10 @@ def draw(path: str, bench: Bench, found: dict[Size, Compared]) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, interrupt.stop_main)  # what it has started ends with it
     check(png=png, seeds=seeds, jobs=jobs)
+    if not dataset:
+        raise ValueError("dataset is empty; write --dataset=PATH, a folder of data/prepare.py")
     chosen = [name.strip() for name in sizes.split(",")]
     if unknown := [name for name in chosen if name not in SIZES]:
         raise ValueError(f"sizes must be of {', '.join(SIZES)}, not {', '.join(unknown)}")
@@ -432,7 +439,10 @@ def main() -> None:
         raise ValueError(f"only must be reference, adamw, recipe or empty, not {only!r}")
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, not {share}")
-    bench = Bench(path_of(out_dir), path_of(curves), check_folder(dataset).resolve(), share, jobs)
+    kept = curves or ("assets/recipes" if share == 1 else f"{out_dir}/curves")
+    for name, folder in (("out_dir", out_dir), ("curves", kept)):
+        check_way(f"{name}={folder}", path_of(folder))
+    bench = Bench(path_of(out_dir), path_of(kept), check_folder(dataset).resolve(), share, jobs)
     print("| size | recipe | settings | seed | of the tokens | loss |")
     print("|---|---|---|---|---|---|", flush=True)
     best: Values = REFERENCE

@@ -39,7 +39,8 @@ class Kind(NamedTuple):
     @property
     def title(self) -> str:
         """For people."""
-        short = Path(self.name).parent.name if self.name.endswith(".py") else self.name
+        path = Path(self.name)
+        short = path.parent.name if path.name == "model.py" else path.stem
         return f"{short}, {'compiled' if self.compiled else 'eager'}"
 
     @property

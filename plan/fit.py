@@ -3,6 +3,7 @@
 Everything is computed from the graph (plan/memory.py) but the reserve.
 """
 
+import bisect
 import contextlib
 import math
 import os
@@ -30,9 +31,10 @@ RESERVE = {"cuda": 1.0 * GIB, "mps": 1.0 * GIB, "cpu": 0.5 * GIB}
 # Computed for the reference on an RTX 3090 (docs/speed.md): what a micro-step costs whatever its
 # size (casts of weights, sums of gradients), in tokens, and how much longer it takes when memory is
 # saved.
-FIXED_TOKENS = 275
-SLOWER = 1.01
+FIXED_TOKENS = 229
+SLOWER = 1.007
 CPU_TOKENS = 16384  # chosen, not measured
+CHECKPOINTING = "--activation_checkpointing=True"
 BUCKETS, GATHERED, SHARES = "DDP's buckets", "gathered layers", "shares of all"  # parts, of ranks
 
 
@@ -115,24 +117,28 @@ def at_once(training: Training, windows: int, room: float | None) -> int:
 def smallest_change(training: Training, batch: int, windows: int, room: float) -> str:
     """What to type so that a run fits in `room` bytes; "" when it does as it is.
 
-    In this order: a smaller micro-batch, which changes nothing of the result, activation
-    checkpointing, which costs time, several ranks' shards, fewer layers, which are another model.
+    In this order: a smaller micro-batch, which changes nothing of the result, shards where there
+    are several ranks, activation checkpointing, which costs time, fewer layers, which are another
+    model.
     """
     if peak(training, batch, windows) <= room:
         return ""
-    if found := largest_batch(training, windows, room, batch):
-        return f"--batch_size={found}"
-    training, flags = replace(training, checkpointing=True), "--activation_checkpointing=True"
-    if found := largest_batch(training, windows, room, batch):
-        return f"{flags} --batch_size={found}"
-    if training.ranks > training.shards:
-        training, flags = replace(training, parallel="fsdp", saving=1), f"{flags} --parallel=fsdp"
+    tries = [(training, "")]
+    if training.ranks > training.shards and training.dtype != torch.float16:
+        shards = replace(training, shards=training.ranks, saving=1)
+        tries.append((shards, "--parallel=fsdp "))
+    tries += [(replace(t, checkpointing=True), f"{f}{CHECKPOINTING} ") for t, f in tries]
+    for training, flags in tries:
         if found := largest_batch(training, windows, room, batch):
-            return f"{flags} --batch_size={found}"
-    for layers in range(training.config.num_hidden_layers - 1, 0, -1):
+            return f"{flags}--batch_size={found}"
+
+    def too_large(layers: int) -> bool:
         config = replace(training.config, num_hidden_layers=layers)
-        if peak(replace(training, config=config), 1, windows) <= room:
-            return f"{flags} --batch_size=1 --num_hidden_layers={layers}"
+        return peak(replace(training, config=config), 1, windows) > room
+
+    depths = range(1, training.config.num_hidden_layers)
+    if layers := bisect.bisect_left(depths, True, key=too_large):
+        return f"{flags}--batch_size=1 --num_hidden_layers={layers}"
     return "a smaller hidden_size, max_position_embeddings or vocabulary: not even one layer fits"
 
 
@@ -156,21 +162,24 @@ def training_of(
     config: GPTConfig,
     machine: Machine,
     flops: float,
-    accumulates: bool,
     cannot: str,
-    ranks: int,
+    ranks: int = 1,
+    local_ranks: int = 1,
 ) -> Training:
-    """What the plan has to know of a run of `flops`. cannot: why it could not be compiled."""
+    """What the plan has to know of a run of `flops`. cannot: why it could not be compiled.
+
+    ranks: of all machines; local_ranks: of one.
+    """
     return Training(
         config,
         machine.dtype,
         machine.device.type,
         compiled=not why_uncompiled(settings["compile"], machine.device, flops, cannot),
         checkpointing=settings["activation_checkpointing"],
-        accumulates=accumulates,
+        accumulates=True,
         optimizer=settings["optimizer"],
         ranks=ranks,
-        parallel=settings["parallel"],
+        shards={"ddp": 1, "hsdp": local_ranks}.get(settings["parallel"], ranks),
     )
 
 
@@ -182,30 +191,34 @@ def settle(settings: Mapping[str, Any], machine: Machine, micro: MicroBatch, tea
     """
     device, config, state = machine.device, micro.model.config, micro.state
     cannot = why_not_compile(device)
-    training = training_of(settings, config, machine, 0.0, True, cannot, team.ranks)
+    training = training_of(settings, config, machine, 0.0, cannot, team.ranks, team.local_ranks)
     micro.most_saving = 1 if micro.sharded else most_saving(machine.dtype)
-    room, size, saving, windows = room_of(device), micro.size, 1, micro.windows
+    room, size, windows = room_of(device), micro.size, micro.windows
     try:
         size = size or at_once(training, windows, room)
-        saving = as_needed(training, size, windows, room).saving
+        needed = as_needed(training, size, windows, room, state.saving)
     except Exception as e:  # whatever a tracer may raise
         say(f"plan     failed, memory is saved ({named_reason(e)[:120]})")
-        saving = micro.most_saving
-    less, saving = team.most(-size, saving)
-    state.saving = min(max(saving, state.saving), micro.most_saving)
+        needed = replace(training, saving=micro.most_saving)
+    memory.captured.cache_clear()  # graphs that a run has no use for
+    less, micro.saving = team.most(-size, min(max(needed.saving, state.saving), micro.most_saving))
+    if needed is not training:
+        state.saving = micro.saving
     if not micro.size:
         micro.take(max(1, -less))
 
 
-def as_needed(training: Training, batch: int, windows: int, room: float | None) -> Training:
-    """The training that saves no more memory on a GPU than it has to: that is faster.
+def as_needed(
+    training: Training, batch: int, windows: int, room: float | None, least: int = 0
+) -> Training:
+    """The training that saves no more memory on a GPU than it has to, or `least`: that is faster.
 
     room: bytes of the device less the reserve; None = unknown, then it stays as it is.
     """
     fixed = training.device_type != "cuda" or not training.compiled or training.shards > 1
     if fixed or room is None:
         return training
-    whole = replace(training, saving=0)
+    whole = replace(training, saving=least)
     fits = peak(whole, batch, windows) <= room
     return whole if fits else replace(training, saving=most_saving(training.dtype))
 

@@ -1,14 +1,14 @@
 """How long a training step takes on a card that is not here, read off the graph that training runs.
 
-What a kernel does is counted, as are the bytes that fused loops read and write. How fast a card
-does it is not: the shares of its peaks are fitted, measured or assumed (run/cards.py says which).
+FLOP and bytes of its kernels are counted. The shares of its peaks that a card reaches are fitted,
+measured or assumed, and run/cards.py says which.
 """
 
 import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,18 +20,19 @@ from plan import memory
 from plan.memory import Lifetimes, Training, is_kernel, op_name
 from run import cards, muon, optim
 
-PRODUCTS, ATTENTION, MEMORY = "products", "attention", "memory"
+PRODUCTS, ATTENTION, LOOPS = "products", "attention", "loops"
 KERNEL_S = 5e-6  # of a CPU's work to launch a kernel, assumed: a small model's GPU waits for it
-UNCOMPILED = 3.5  # times as long as compiled, measured on an H200
+NODE = 8  # cards in one machine, assumed
+UNCOMPILED = 3.5  # times as long as compiled, measured once, on an H200
 # Bytes of a parameter that an update moves: the norm of its gradient, the clipped gradient, and
-# AdamW's reading and writing of weight, gradient and moments.
+# weight, gradient and moments, read and written by AdamW. Muon's are taken to be as many.
 UPDATE_BYTES = 4 + 8 + 28
 SUM_BYTES = 12  # of a parameter, when a micro-step's gradient is added to the others
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel does, or several loops that do the like: FLOP and bytes of a micro-step."""
+    """FLOP and bytes of a kernel, or of several loops, in a micro-step."""
 
     kind: str
     flops: float
@@ -41,32 +42,36 @@ class Kernel:
 
     def seconds(self, card: cards.Card, dtype: torch.dtype) -> float:
         """On a card: it computes while it reads."""
-        reach = cards.reach_of(card)
+        reach = cards.reach_of(card, dtype)
         share = {PRODUCTS: reach.products, ATTENTION: reach.attention}.get(self.kind, 1.0)
         computes = self.flops / (share * self.share * card.peak(dtype))
-        return max(computes, self.nbytes / (reach.memory * card.bandwidth))
+        return max(computes, self.nbytes / (reach.bandwidth * card.bandwidth))
 
 
 # ---------------------------------------------------------------- what is done
 
 
 def flops_of(name: str, shapes: list[torch.Size]) -> float:
-    """Of a product of the last two tensors, or of causal attention, by the first one's shape."""
+    """Of a product of the last two tensors, or of causal attention with queries of a shape.
+
+    Queries are the first tensor, and in the backward pass the second, which has 2.5 times as much.
+    """
     if name in ("mm", "addmm", "bmm", "baddbmm"):
         a, b = shapes[-2:]
         return 2.0 * math.prod(a) * b[-1]
     if "attention" in name:
-        queries = shapes["backward" in name]
-        return 4.0 * math.prod(queries) * queries[-2] / 2 * (2.5 if "backward" in name else 1)
+        backward = "backward" in name
+        queries = shapes[1] if backward else shapes[0]
+        return 4.0 * math.prod(queries) * queries[-2] / 2 * (2.5 if backward else 1)
     return 0.0
 
 
 def kernel_of(name: str, shapes: list[torch.Size], nbytes: float, grown: float) -> Kernel:
-    """An operator that is called as it is. grown: by what its FLOP and batch are larger."""
+    """An operator that is called as it is. grown: times as many windows as were traced."""
     flops = flops_of(name, shapes) * grown
-    if "attention" in name:  # backward has more products that wait for each other
+    if "attention" in name:
         return Kernel(ATTENTION, flops, nbytes, cards.BACKWARD if "backward" in name else 1.0)
-    return Kernel(PRODUCTS if flops else MEMORY, flops, nbytes)
+    return Kernel(PRODUCTS if flops else LOOPS, flops, nbytes)
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -92,9 +97,9 @@ def sizer(training: Training, batch: int) -> Callable[[Any], float]:
 class Loops:
     """The fused loops of a compiled graph: what each of them reads and writes.
 
-    Loops run between two kernels that wait for each other. What only loops read is computed again
-    in each, unless it is smaller than what it is made of. What nobody waits for joins the loop that
-    reads most of the same.
+    Loops run between two kernels that wait for each other. A value that only loops read is computed
+    again in each, unless it is smaller than what it is made of. A value that no kernel waits for is
+    made in the loop that shares most of its inputs.
     """
 
     def __init__(self, graph: fx.Graph, nbytes: Callable[[fx.Node], float]) -> None:
@@ -148,7 +153,7 @@ class Loops:
     def all(self) -> Iterator[Kernel]:
         """The loops."""
         for read, made in self.groups.values():
-            yield Kernel(MEMORY, 0.0, sum(map(self.nbytes, read | made)), count=len(made))
+            yield Kernel(LOOPS, 0.0, sum(map(self.nbytes, read | made)), count=len(made))
 
 
 def kernels_of(training: Training, batch: int) -> Iterator[Kernel]:
@@ -162,7 +167,8 @@ def kernels_of(training: Training, batch: int) -> Iterator[Kernel]:
         loops = Loops(graph, nbytes)
         yield from loops.all()
         for n in loops.kernels:
-            shapes = [t.shape for a in n.all_input_nodes for t in tensors(a.meta.get("val"))]
+            given = [a for a in n.args if isinstance(a, fx.Node)]
+            shapes = [t.shape for a in given for t in tensors(a.meta.get("val"))]
             moved = sum(map(nbytes, loops.reads[n])) + nbytes(n)
             inner = (a.__name__ for a in n.args if isinstance(a, torch._ops.OpOverload))
             name = next(inner, op_name(n))  # of what runs with another random state
@@ -174,17 +180,17 @@ def kernels_of(training: Training, batch: int) -> Iterator[Kernel]:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a micro-step, by kind of kernel, and the number of kernels."""
+    """Seconds of a micro-step, by kind of kernel, and about the number of kernels."""
 
     products: float
     attention: float
-    memory: float
-    kernels: float
+    loops: float
+    kernels: float  # at most: each loop makes one value
 
     @property
     def works(self) -> float:
         """Of the GPU."""
-        return self.products + self.attention + self.memory
+        return self.products + self.attention + self.loops
 
     @property
     def waits(self) -> bool:
@@ -197,14 +203,14 @@ class Times:
         return max(self.works, self.kernels * KERNEL_S)
 
 
-def times_of(kernels: Iterable[Kernel], card: cards.Card, dtype: torch.dtype) -> list[float]:
-    """As the fields of Times."""
-    found = dict.fromkeys((PRODUCTS, ATTENTION, MEMORY), 0.0)
+def times_of(kernels: Iterable[Kernel], card: cards.Card, dtype: torch.dtype) -> Times:
+    """The seconds of kernels on a card."""
+    found = dict.fromkeys((PRODUCTS, ATTENTION, LOOPS), 0.0)
     count = 0
     for kernel in kernels:
         found[kernel.kind] += kernel.seconds(card, dtype)
         count += kernel.count
-    return [*found.values(), float(count)]
+    return Times(**found, kernels=float(count))
 
 
 @functools.lru_cache(maxsize=64)
@@ -217,7 +223,8 @@ def micro_step(training: Training, batch: int, card: cards.Card) -> Times:
         less = memory.shallow(replace(training, compiled=True), depth)
         found.append(times_of(kernels_of(less, batch), card, dtype))
     first, last = found[0], found[-1]
-    return Times(*(a + (layers - depths[0]) * (b - a) for a, b in zip(first, last, strict=True)))
+    pairs = zip(astuple(first), astuple(last), strict=True)
+    return Times(*(a + (layers - depths[0]) * (b - a) for a, b in pairs))
 
 
 def update(training: Training, batch: int, micro_steps: int, card: cards.Card) -> float:
@@ -232,10 +239,23 @@ def update(training: Training, batch: int, micro_steps: int, card: cards.Card) -
     ]
     turned = Kernel(PRODUCTS, muon.operations(matrices), 0.0)
     sums = (micro_steps - 1) * SUM_BYTES
-    moved = Kernel(MEMORY, 0.0, (sums + UPDATE_BYTES) * num_parameters(model))
+    moved = Kernel(LOOPS, 0.0, (sums + UPDATE_BYTES) * num_parameters(model))
     times = 1.0 if training.compiled else UNCOMPILED
     return (
         micro_steps * times * micro_step(training, batch, card).total
         + turned.seconds(card, optim.muon_dtype(training.dtype))
         + moved.seconds(card, training.dtype)
     )
+
+
+def ring_seconds(nbytes: float, count: int, card: cards.Card) -> float:
+    """Time of a ring all-reduce: each card sends and receives 2 (n - 1) / n of the bytes."""
+    slowest = card.link if count <= NODE else min(card.link, card.network)
+    return 2 * (count - 1) / count * nbytes / slowest
+
+
+def step(training: Training, batch: int, micro_steps: int, card: cards.Card) -> tuple[float, float]:
+    """Seconds of an update of all ranks: to compute, and to exchange gradients."""
+    state = memory.states(training.config, training.optimizer, training.dtype)
+    ring = ring_seconds(state[memory.GRADIENTS], training.ranks, card)
+    return update(training, batch, micro_steps, card), ring

@@ -30,7 +30,6 @@ from run import machine, muon, optim
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits and loss", "workspace")
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE = PARTS
 LAYERS = (3, 4)  # depths that are traced; memory grows by the same amount with each layer
-NODE = 8  # cards in one machine
 VIEWS = {"view", "permute", "slice", "expand", "unsqueeze", "squeeze", "t", "transpose", "select"}
 VIEWS |= {"alias", "split", "split_with_sizes", "as_strided", "detach"}
 REDUCTIONS = {"sum", "mean", "amax", "amin"}
@@ -55,12 +54,7 @@ class Training:
     optimizer: str = "adamw"
     saving: int = 1  # compiled, see machine.save_memory
     ranks: int = 1  # processes, of a device each
-    parallel: str = "ddp"  # how several are used: ddp, fsdp or hsdp
-
-    @property
-    def shards(self) -> int:
-        """Ranks that weights, gradients and moments are spread over."""
-        return {"ddp": 1, "hsdp": min(NODE, self.ranks)}.get(self.parallel, self.ranks)
+    shards: int = 1  # ranks that weights, gradients and moments are spread over; 1: DDP
 
 
 def probe(config: GPTConfig) -> int:
@@ -434,7 +428,7 @@ def shallow(training: Training, layers: int) -> Training:
     config = replace(training.config, num_hidden_layers=layers)
     accumulates = training.accumulates and not training.compiled
     alone = replace(training, config=config, accumulates=accumulates, optimizer="adamw")
-    return replace(alone, ranks=1, parallel="ddp")
+    return replace(alone, ranks=1, shards=1)
 
 
 @functools.lru_cache(maxsize=64)

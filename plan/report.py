@@ -27,7 +27,8 @@ from plan.fit import (
     smallest_change,
     training_of,
 )
-from plan.memory import NODE, Training
+from plan.hours import NODE
+from plan.memory import Training
 from run import cards
 from run.compiling import why_not_compile
 from run.cost import flops_per_token, model_line
@@ -46,8 +47,9 @@ from run.machine import (
 )
 from run.microbatch import largest_divisor, windows_of_rank
 from run.optim import configure_optimizer, groups_of, moments
+from run.parallel import check_sharded
 from run.settings import check_folder, run_folder
-from run.start import find_start, model_as_set, source_of
+from run.start import TrainState, find_start, model_as_set, source_of
 from text.batches import TrainOrder
 from text.tokenizer import get_tokenizer
 from text.tokens import GPT2_VOCAB, TokenData, read_meta
@@ -77,9 +79,10 @@ def memory_lines(
     parts = parts_at_peak(training, batch, windows)
     graph = "compiled" if training.compiled else "eager"
     saving = " and activation checkpointing" if training.checkpointing else ""
-    each = f" on each of {training.ranks} cards, {training.parallel}," if training.ranks > 1 else ""
+    shares = f", of which {training.shards} share a model" if training.shards > 1 else ""
+    each = f" on each of {training.ranks} cards{shares}" if training.ranks > 1 else ""
     yield (
-        f"memory   at the peak of a step with batch_size={batch}{saving},{each} computed from the "
+        f"memory   at the peak of a step with batch_size={batch}{saving}{each}, computed from the "
         f"{graph} graph:"
     )
     for part, nbytes in [*parts.items(), ("sum", sum(parts.values()))]:
@@ -106,11 +109,11 @@ def card_lines(training: Training, windows: int) -> Iterator[str]:
         dtype=torch.bfloat16,
         compiled=True,
         checkpointing=False,
-        saving=most_saving(torch.bfloat16),
-        ranks=1,
+        saving=most_saving(torch.bfloat16) if training.shards == 1 else 1,
     )
+    whose = "a card's" if training.ranks > 1 else "the step's"
     yield (
-        f"cards    largest batch_size that fits on one and divides the step's {windows} windows "
+        f"cards    largest batch_size that fits and divides {whose} {windows} windows "
         "(computed, bfloat16, torch.compile):"
     )
     yield "  memory    as it is    with activation_checkpointing"
@@ -174,58 +177,62 @@ def time_lines(step_s: float, tokens: int, flops: float, steps: int, how: str) -
 
 def rate_lines(training: Training, batch: int, card: cards.Card) -> Iterator[str]:
     """What a micro-step's time is made of, and how fast the card is taken to be."""
-    times, reach = hours.micro_step(training, batch, card), cards.reach_of(card)
+    times, config = hours.micro_step(training, batch, card), training.config
+    reach = cards.reach_of(card, training.dtype)
     peak = f"{card.peak(training.dtype) / 1e12:g} TFLOP/s"
+    small = batch * config.max_position_embeddings < cards.LEAST_TOKENS
+    small = small or config.hidden_size < cards.LEAST_WIDTH
+    source = "more than products so small reach" if small else reach.source
     rows = (
-        ("products", times.products, reach.products, peak, reach.source),
+        ("products", times.products, reach.products, peak, source),
         ("attention", times.attention, reach.attention, peak, "assumed"),
-        ("memory", times.memory, reach.memory, f"{card.gigabytes:g} GB/s", reach.copied),
+        ("loops", times.loops, reach.bandwidth, f"{card.gb_per_s:g} GB/s", reach.bandwidth_source),
     )
     yield f"  a micro-step, {1e3 * times.total:,.0f} ms, from its graph:"
-    for name, seconds, share, most, source in rows:
-        yield f"    {name:<10}{1e3 * seconds:8.1f} ms at {share:.0%} of {most} ({source})"
+    for name, seconds, share, most, word in rows:
+        yield f"    {name:<10}{1e3 * seconds:8.1f} ms at {share:.0%} of {most} ({word})"
     if times.waits:
         each = f"{1e6 * hours.KERNEL_S:g} us"
-        yield f"    it waits for the CPU: {times.kernels:,.0f} kernels, {each} each (assumed)"
+        yield f"    the GPU waits for the CPU: {times.kernels:,.0f} kernels, {each} each (assumed)"
     if not training.compiled:
-        yield f"    uncompiled {hours.UNCOMPILED:g} times as long (measured once, on an H200)"
+        yield (
+            f"    uncompiled training takes {hours.UNCOMPILED:g} times as long (measured once, on "
+            "an H200)"
+        )
 
 
-def ring_seconds(nbytes: float, count: int, card: cards.Card) -> float:
-    """Time of a ring all-reduce: each card sends and receives 2 (n - 1) / n of the bytes."""
-    slowest = card.link if count <= NODE else min(card.link, card.network)
-    return 2 * (count - 1) / count * nbytes / slowest
-
-
-def scaling_lines(training: Training, most: int, windows: int, card: cards.Card) -> Iterator[str]:
+def scaling_lines(
+    training: Training, most: int, windows: int, card: cards.Card, room: float
+) -> Iterator[str]:
     """A table of 1 card to all ranks of a training, which take at most so many windows at once.
 
-    FSDP moves as many bytes as DDP: weights in 16 bits twice, gradients in float32 once.
+    most: 0 = as many as are fastest. FSDP moves as many bytes as DDP: weights in 16 bits twice,
+    gradients in float32 once.
     """
-    state = memory.states(training.config, training.optimizer, training.dtype)
-    gradients, world_size = state[memory.GRADIENTS], training.ranks
     yield f"scaling  computed, not measured; {card.name}"
     yield (
         "  cards  batch_size x micro-steps  DDP GiB  FSDP GiB  compute s   comm. s    tokens/s"
         "  efficiency"
     )
-    rounded = False
+    rounded, world_size = False, training.ranks
     for count in sorted({*(2**i for i in range(world_size.bit_length())), world_size}):
         each = windows_of_card(windows, count)
-        micro = largest_divisor(each, most)
+        several = replace(training, ranks=count, shards=1)
+        micro = largest_divisor(each, most or fit.at_once(several, each, room))
         mark = " " if each * count == windows else "*"
         rounded = rounded or mark == "*"
-        several = replace(training, ranks=count, parallel="ddp")
-        ddp = peak(several, micro, each)
-        fsdp = peak(replace(several, parallel="fsdp", saving=1), micro, each)
-        compute = hours.update(training, micro, each // micro, card)
-        comm = ring_seconds(gradients, count, card)
+        several = as_needed(several, micro, each, room)
+        shards = replace(several, shards=count, saving=1)
+        ddp, fsdp = (peak(t, micro, each) / GIB for t in (several, shards))
+        compute, comm = hours.step(several, micro, each // micro, card)
         tokens = each * count * training.config.max_position_embeddings / (compute + comm)
         yield (
-            f"  {count:>5}{mark} {micro:>10} x {each // micro:<11}  {ddp / GIB:>7.1f}  "
-            f"{fsdp / GIB:>8.1f}  {compute:>9.3f}  {comm:>8.3f}  {tokens:>10,.0f}  "
-            f"{compute / (compute + comm):>10.0%}"
+            f"  {count:>5}{mark} {micro:>10} x {each // micro:<11}  {ddp:>7.1f}  "
+            f"{f'{fsdp:.1f}' if count > 1 else '-':>8}  {compute:>9.3f}  {comm:>8.3f}  "
+            f"{tokens:>10,.0f}  {compute / (compute + comm):>10.0%}"
         )
+    state = memory.states(training.config, training.optimizer, training.dtype)
+    gradients = state[memory.GRADIENTS]
     yield (
         f"  assumed: {card.link / 1e9:g} GB/s between the {NODE} cards of a machine, "
         f"{card.network / 1e9:g} GB/s between machines, {gradients / 1e9:.2f} GB of float32 "
@@ -279,20 +286,25 @@ def plan(
     device: torch.device,
     card: cards.Card | None,
     most: int,
-    tokens_per_step: int,
+    windows_per_step: int,
     steps: int,
-    done: int,
+    state: TrainState,
 ) -> Iterator[str]:
     """Lines on memory, cards, time and scaling; card is planned for instead of device.
-    most: windows at once. steps: updates of the whole run, of which `done` are over. Raises
-    ValueError at the end, with the smallest change that fits, when the run does not fit.
+    most: windows at once, 0 = as many as are fastest. steps: updates of the whole run. state: of a
+    resumed one. Raises ValueError at the end, with the smallest change that fits, when the run does
+    not fit.
     """
     context, ranks = training.config.max_position_embeddings, training.ranks
-    windows = windows_of_card(tokens_per_step // context, ranks)
-    batch = largest_divisor(windows, most)
+    windows = windows_of_card(windows_per_step, ranks)
+    room, done = room_on(device, card), state.iter_num
+    batch = largest_divisor(windows, most or fit.at_once(training, windows, room))
     micro_steps, tokens = windows // batch, windows * ranks * context
     with torch.device("meta"):
         flops = flops_per_token(GPT(training.config)) * tokens
+    if batch < most:
+        whose = "a card's" if ranks > 1 else "a"
+        yield f"run      batch_size={batch}, which divides the {windows} windows of {whose} step"
     if done:
         yield f"resumed  at {done:,} updates; {steps - done:,} are left"
     by_ranks = f" x {ranks} cards" if ranks > 1 else ""
@@ -301,8 +313,7 @@ def plan(
         f"{micro_steps} micro-steps{by_ranks}), {steps * tokens / 1e9:.3g} B tokens, "
         f"{flops:.3g} FLOP each"
     )
-    room = room_on(device, card)
-    training = as_needed(training, batch, windows, room)
+    training = as_needed(training, batch, windows, room, state.saving)
     name = card.name if card else "free memory"
     yield from memory_lines(training, batch, windows, room, name)
     yield from card_lines(training, windows)
@@ -310,10 +321,7 @@ def plan(
 
     short = training.device_type != "cpu" or 5 * flops / micro_steps / CPU_FLOPS < TIMING_S
     if card:
-        gradients = memory.states(training.config, training.optimizer, training.dtype)
-        step_s = hours.update(training, batch, micro_steps, card)
-        step_s += ring_seconds(gradients[memory.GRADIENTS], ranks, card)
-        how = "computed, nothing timed"
+        step_s, how = sum(hours.step(training, batch, micro_steps, card)), "computed, nothing timed"
     elif short and not change:
         step_s = timed_step(training, device, batch, micro_steps)
         how = "measured on a few micro-steps and an update"
@@ -323,8 +331,8 @@ def plan(
     yield from time_lines(step_s, tokens, flops, steps - done, how)
     if card:
         yield from rate_lines(training, batch, card)
-    if ranks > 1 and card:
-        yield from scaling_lines(training, most, tokens_per_step // context, card)
+    if ranks > 1 and card and room is not None:
+        yield from scaling_lines(training, most, windows_per_step, card, room)
     if change:
         raise ValueError(f"the run does not fit in memory; the smallest change that fits: {change}")
 
@@ -361,25 +369,23 @@ def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
     cannot, ranks = "" if card else why_not_compile(device), s["world_size"]
     if ranks > 1 and not card:
         raise ValueError(f"world_size={ranks} needs a card to plan for, as --device=RTX3090")
-    training = training_of(s, config, machine, flops, True, cannot, ranks)
-    windows = windows_of_card(windows, ranks)
-    room = room_on(device, card)
-    most = start.state.micro_batch or s["batch_size"] or fit.at_once(training, windows, room)
-    batch = largest_divisor(windows, most)
+    if ranks > 1 and s["parallel"] != "ddp":
+        check_sharded(s["parallel"], machine.dtype, s["sample_prompt"])
+    training = training_of(s, config, machine, flops, cannot, ranks, min(NODE, ranks))
     say(model_line(empty))
     assumed = source == "scratch" and not s["vocab_size"]
-    say(data_line(data, training, s["tokens_per_step"], s["max_iters"], assumed))
+    tokens = windows_of_card(windows, ranks) * ranks * context
+    say(data_line(data, training, tokens, s["max_iters"], assumed))
     name = f"{card.name}, not here" if card else ""
     say(f"machine  {machine.line(name=name)}")
-    if batch < s["batch_size"]:
-        whose = "a card's" if ranks > 1 else "a"
-        say(f"run      batch_size={batch}, which divides the {windows} windows of {whose} step")
     if not card and (problem := unused_gpu(s["device"], device)):
         say(f"WARNING  planned for the {device.type}: {problem}")
     numbers = num_parameters(empty) + moments(groups_of(empty, s["optimizer"]))
     there, disk = existing(out), disk_needed(s, numbers)
     say(disk_line(there, **disk))
-    sizes = most, s["tokens_per_step"], s["max_iters"], start.state.iter_num
-    for line in plan(training, device, card, *sizes):
+    if tokens != s["tokens_per_step"]:
+        say(f"run      --tokens_per_step={tokens}, the nearest that {ranks} cards can share out")
+    sizes = start.state.micro_batch or s["batch_size"], windows, s["max_iters"]
+    for line in plan(training, device, card, *sizes, start.state):
         say(line)
     check_disk(there, **disk)

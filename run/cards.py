@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,18 +14,21 @@ class Reach:
     """The shares of its peaks that a card reaches in training, and whose word that is."""
 
     products: float  # of matrices, of the FLOP/s
-    attention: float  # of the FLOP/s
-    memory: float  # of the bytes/s
+    attention: float  # of the FLOP/s, in the forward pass; assumed
+    bandwidth: float  # of the bytes/s
     source: str  # of the first
-    copied: str = "assumed"  # of the last
+    bandwidth_source: str = "assumed"
 
 
 GUESS = Reach(0.7, 0.5, 0.9, "a guess")
-KNOWN = {  # what attention reaches is assumed; the H200's memory was measured by a copy
-    "RTX 3090": Reach(0.754, 0.6, 0.9, "fitted to the reference run as it is reported"),
-    "H200": Reach(0.53, 0.3, 0.86, "fitted to the reference on an H200", "measured on an H200"),
+KNOWN = {
+    "RTX 3090": Reach(0.744, 0.6, 0.9, "fitted to the reference run as it is reported"),
+    "H200": Reach(0.53, 0.3, 0.86, "fitted to the reference on an H200", "measured by a copy"),
 }
-SAME_CHIP = {"H100 80GB": "H200"}
+# Of the same chip, with other memory
+SAME_CHIP = dict.fromkeys(("H100 80GB", "H100 NVL", "H100 PCIe"), "H200")
+# Products of narrower models, and of fewer tokens at once, keep no card busy
+LEAST_WIDTH, LEAST_TOKENS = 768, 4096
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Card:
     name: str  # the whole one but for the maker, socket, and (if there is one size only) memory
     tflops: float  # dense bf16 (fp16 where half says so), with fp32 accumulation
     memory: int  # GiB
-    gigabytes: float  # of its memory that it moves in a second, 1e9
+    gb_per_s: float  # of its memory, 1e9 bytes/s
     link: float = 12e9  # to the next card of the machine
     network: float = 12.5e9  # between machines
     half: torch.dtype = torch.bfloat16
@@ -47,14 +50,18 @@ class Card:
     @property
     def bandwidth(self) -> float:
         """Bytes/s of its memory."""
-        return self.gigabytes * 1e9
+        return self.gb_per_s * 1e9
 
     def peak(self, dtype: torch.dtype) -> float:
         """Dense FLOP/s in a type. float32 is TF32, at half the 16-bit rate, where the card has it.
 
-        That is where it has bfloat16, too; older ones have an eighth in float32 itself.
+        That is where it has bfloat16, too; older ones have an eighth in float32 itself, through
+        which torch makes their bfloat16.
         """
-        slower = 1 if dtype != torch.float32 else 2 if self.half == torch.bfloat16 else 8
+        if self.half == torch.bfloat16:
+            slower = 2 if dtype == torch.float32 else 1
+        else:
+            slower = 1 if dtype == self.half else 8
         return self.tflops * 1e12 / slower
 
 
@@ -144,6 +151,10 @@ def find_card(name: str) -> Card | None:
     return found[0]
 
 
-def reach_of(card: Card) -> Reach:
+def reach_of(card: Card, dtype: torch.dtype) -> Reach:
     """What is known of a card, or of one with the same chip, or else a guess."""
-    return KNOWN.get(SAME_CHIP.get(card.name, card.name), GUESS)
+    name = SAME_CHIP.get(card.name, card.name)
+    found = KNOWN.get(name, GUESS)
+    if name != card.name:
+        found = replace(found, bandwidth_source="assumed")
+    return replace(found, source="a guess") if dtype == torch.float32 else found

@@ -117,7 +117,7 @@ def compile_or_say_why(
     if why:  # what does not fit is found while nobody waits for an exchange
         return rehearse(micro, net, loader, evaluation, machine)
     begun = time.perf_counter()
-    micro.compiled, parts = True, compile_parts(micro.model, micro.sharded, micro.state.saving)
+    micro.compiled, parts = True, compile_parts(micro.model, micro.sharded, micro.saving)
     try:
         rehearse(micro, net, loader, evaluation, machine)
         say(f"compile  took {time.perf_counter() - begun:.0f} s")

@@ -67,7 +67,7 @@ class MicroBatch:
         self.sharded = sharded  # ranks exchange weights in each micro-step
         self.device = model.embed_tokens.weight.device
         self.compiled = False
-        self.most_saving = 0  # the level of save_memory for little memory, state.saving the present
+        self.saving = self.most_saving = 1  # see save_memory
 
     @property
     def count(self) -> int:
@@ -100,9 +100,9 @@ class MicroBatch:
         if self.compiled:
             torch.compiler.reset()  # graphs of the old size are of no use, and have a limit
         release_memory(self.device)
-        if self.compiled and not self.sharded and self.state.saving < self.most_saving:
-            self.state.saving = self.most_saving
-            save_memory(self.model, self.state.saving)
+        if self.compiled and not self.sharded and self.saving < self.most_saving:
+            self.saving = self.state.saving = self.most_saving
+            save_memory(self.model, self.saving)
             say("going on with less kept for backward; same tokens")
             return
         if self.size == 1:

@@ -12,7 +12,7 @@ from text.files import path_of
 from text.tokens import dataset_folder
 
 MOST = {
-    "num_hidden_layers": 10_000,  # beyond, it would take hours to find that none fit
+    "num_hidden_layers": 1000,  # beyond, it would take hours to find that none fit
     "decay_share": 1,
 }
 CHOICES = {  # setting -> what it may be
@@ -50,7 +50,7 @@ LEAST = {  # setting -> smallest value
 }
 # Settings that decide what a run learns; a resumed run warns when one has changed.
 DECIDE = (
-    *("dataset", "tokens_per_step", "seed", "max_iters", "dropout", "dtype"),
+    *("tokens_per_step", "seed", "max_iters", "dropout", "dtype", "skip_spike"),
     *("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "decay_lr"),
     *("optimizer", "muon_lr", "lr_schedule", "decay_share"),
     *("weight_decay", "beta1", "beta2", "grad_clip", "deterministic"),
@@ -68,7 +68,7 @@ def check(settings: Mapping[str, Any]) -> None:
         if not 0 <= s[name] < 1:
             problems.append(f"{name} must be at least 0 and below 1, not {s[name]}")
     if not sys.float_info.min <= s["learning_rate"] < math.inf:  # what is smaller has lost digits
-        problems.append(f"learning_rate must be positive, not {s['learning_rate']}")
+        problems.append(f"learning_rate must be at least 2.3e-308, not {s['learning_rate']}")
     if not 0 <= s["muon_lr"] < math.inf:
         problems.append(f"muon_lr must be positive, or 0 for learning_rate, not {s['muon_lr']}")
     if not s["weight_decay"] < math.inf:
@@ -193,8 +193,13 @@ def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     before, after = eval_windows(saved["config"]), eval_windows(now["config"])
     if before != after:
         found.append(f"windows of an evaluation {before} -> {after}")
+    was, comes = (dataset_folder(str(s["config"].get("dataset"))).name for s in (saved, now))
+    if was != comes:  # however it is spelt
+        found.append(f"dataset {was!r} -> {comes!r}")
     if saved["data"] != now["data"]:
         found.append("the dataset's contents")
+    if now["config"]["dropout"] and saved["config"]["batch_size"] != now["config"]["batch_size"]:
+        found.append("the masks of dropout, since batch_size is another")
     if saved["dtype"] != now["dtype"]:
         found.append(f"dtype in use {saved['dtype']} -> {now['dtype']}")
     return found

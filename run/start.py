@@ -37,7 +37,7 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)  # for skip_spike
     wandb_run_id: str | None = None
     micro_batch: int = 0  # windows that fit in memory when batch_size does not; 0 = it does
-    saving: int = 0  # the level of machine.save_memory that memory asked for
+    saving: int = 0  # the level of machine.save_memory that a device's memory asked for
 
 
 @dataclass

@@ -209,7 +209,8 @@ def recipes(monkeypatch):
         loss = 4 + 0.1 * abs(math.log2(times / 4)) + end + abs(math.log(how["beta2"] / 0.99))
         loss -= 0.2 * math.log(run.part * run.size.tokens)
         self.kept.mkdir(parents=True, exist_ok=True)
-        curve = {**self.text, "tokens": [0, run.size.tokens * run.part], "loss": [8.0, loss]}
+        curve = {**self.head(run), **self.text, "tokens": [0, run.size.tokens * run.part]}
+        curve["loss"] = [8.0, loss]
         self.path(run).write_text(json.dumps(curve), encoding="utf-8")
 
     monkeypatch.setattr(recipes.Bench, "make", make)
@@ -254,13 +255,25 @@ def test_recipes_in_a_table_and_a_picture(recipes, tmp_path, monkeypatch, capsys
         recipes.main()
     monkeypatch.setattr(recipes, "dataset", settings["dataset"])
     path = next((tmp_path / "curves").iterdir())
-    for damaged in ("", "[1]", '{"dataset": "text", "tokens": [1], "loss": []}', "{}"):
+    curve = json.loads(path.read_text(encoding="utf-8"))
+    wrong = {"loss": [[], [True, True], [1.0], [8.0, math.nan], [8, 10**400]], "seed": [7]}
+    wrong = [curve | {name: value} for name, values in wrong.items() for value in values]
+    for damaged in ("", "[1]", "{}", "[" * 100_000, *map(json.dumps, wrong)):
         path.write_text(damaged, encoding="utf-8")
         with pytest.raises(ValueError, match=f"{re.escape(str(path))} is no curve .*; remove it"):
             recipes.main()
     monkeypatch.setattr(recipes, "sizes", "3")
     with pytest.raises(ValueError, match="sizes must be of 0.5, 1.5, 4, 31, 124, not 3"):
         recipes.main()
+    for name, value, words in (
+        ("dataset", "", "--dataset=PATH"),
+        ("dataset", f"{tmp_path}{os.sep}", "no train.bin in"),
+        ("curves", str(tmp_path / "a.png"), "a.png is a file, not a folder"),
+    ):
+        with monkeypatch.context() as patched, pytest.raises((ValueError, OSError), match=words):
+            patched.setattr(recipes, "sizes", "0.5")
+            patched.setattr(recipes, name, value)
+            recipes.main()
 
 
 def test_a_run_of_the_recipe_bench_goes_on_where_it_was(dataset, tmp_path, monkeypatch):

@@ -698,7 +698,7 @@ def test_short_of_memory_less_is_kept_before_windows_are_halved(script, tiny, gr
     """The first graph keeps all; the second, of as many windows, is another."""
 
     def none(micro):
-        micro.state.saving, micro.most_saving = 0, 2
+        micro.saving, micro.most_saving = 0, 2
 
     graphs.error, graphs.above = SHORT["Triton"], 2
     monkeypatch.setattr(fit, "settle", lambda settings, machine, micro, team: none(micro))
@@ -1026,9 +1026,10 @@ def test_a_run_keeps_what_its_card_has_room_for(gpu, monkeypatch, capsys):
         monkeypatch.setattr(fit, "peak", lambda *_: needed() * fit.GIB)  # or it traces
         micro = types.SimpleNamespace(model=types.SimpleNamespace(config=SIZE), size=4, windows=8)
         micro.state, micro.sharded = TrainState(saving=before), settings["parallel"] != "ddp"
-        several = types.SimpleNamespace(ranks=ranks, most=lambda *numbers: numbers)
+        several = types.SimpleNamespace(ranks=ranks, local_ranks=ranks, most=lambda *n: n)
         fit.settle(settings, where, micro, several)
-        return micro.state.saving
+        assert micro.state.saving == (micro.saving if ranks == 1 else before)
+        return micro.saving
 
     assert saved(lambda: 22) == 0 and saved(lambda: 22.1) == 2
     assert saved(lambda: 22, before=2) == 2, "or a resumed run would differ"
@@ -1105,7 +1106,11 @@ def test_steps_of_a_plan_are_timed_after_the_device_is_done(gpu, monkeypatch):
     monkeypatch.setattr(torch, "randint", lambda *args, device: real(*args))
     monkeypatch.setattr(report, "autocast", lambda device, dtype: contextlib.nullcontext())
     training = memory.Training(SIZE, torch.bfloat16, "cuda", False, False, True)
-    lines = list(report.plan(training, device, None, 2, 256, 10, 0))
+    lines = list(
+        report.plan(
+            training, device, None, 2, 256 // SIZE.max_position_embeddings, 10, TrainState()
+        )
+    )
     assert any("measured on a few micro-steps" in line for line in lines)
     assert waits == [device] * 4
 

@@ -496,7 +496,7 @@ for dtype in (torch.float32, torch.bfloat16):
             live += e.nbytes()
             lives.append(live)
         training = memory.Training(size, dtype, "cpu", False, False, micro > 1)
-        training = replace(training, ranks=team.ranks, parallel="fsdp")
+        training = replace(training, ranks=team.ranks, shards=team.ranks)
         planned = fit.peak(training, 2, 2 * micro)
         found.append(max(lives[2 * len(lives) // 3 :]) / planned)
 if team.rank == 0:

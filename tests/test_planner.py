@@ -140,7 +140,7 @@ def test_cards_by_name(name, found, gib):
 
 
 def test_every_card_has_a_peak_and_other_names_are_refused():
-    assert all(card.peak(torch.bfloat16) > 1e13 for card in cards.CARDS)
+    assert all(card.peak(card.half) > 1e13 for card in cards.CARDS)
     assert all(cards.find_card(n) is None for n in ("auto", "cpu", "mps", "cuda", "cuda:1"))
     with pytest.raises(ValueError, match=r"RTX9999.*RTX3090"):
         cards.find_card("RTX9999")
@@ -154,10 +154,10 @@ def test_hours_and_speed_of_a_step():
 def test_ring_all_reduce():
     """Two cards send all bytes once; many cards, twice; the slowest link counts."""
     card = cards.Card("RTX 3090", 71.0, 24, 936, link=10e9, network=1e9)
-    assert report.ring_seconds(1e9, 1, card) == 0
-    assert report.ring_seconds(1e9, 2, card) == pytest.approx(0.1)
-    assert report.ring_seconds(1e9, 8, card) == pytest.approx(0.175)
-    assert report.ring_seconds(1e9, 64, card) == pytest.approx(2 * 63 / 64)
+    assert hours.ring_seconds(1e9, 1, card) == 0
+    assert hours.ring_seconds(1e9, 2, card) == pytest.approx(0.1)
+    assert hours.ring_seconds(1e9, 8, card) == pytest.approx(0.175)
+    assert hours.ring_seconds(1e9, 64, card) == pytest.approx(2 * 63 / 64)
 
 
 DRY_RUN = [f"--{name}={value}" for name, value in asdict(DRY).items()]
@@ -188,22 +188,39 @@ def test_dry_run_without_data_for_a_card_that_is_not_here(script, tmp_path):
 def test_the_verdict_of_several_cards_is_theirs(script, tmp_path, monkeypatch):
     """DDP's buckets are counted, and shards fit where whole models do not."""
     training = Training(DRY, torch.bfloat16, "cuda", False, False, True, ranks=4)
-    shards = replace(training, parallel="fsdp")
+    shards = replace(training, shards=4)
     ddp, fsdp, one = (fit.peak(t, 1, 8) for t in (training, shards, replace(training, ranks=1)))
     assert fsdp < one < ddp and ddp - one == 4 * num_parameters(GPT(DRY))
-    hsdp = replace(shards, parallel="hsdp", ranks=64)
-    assert fit.peak(hsdp, 1, 8) == fit.peak(replace(shards, ranks=8), 1, 8)
-    room, less = (ddp + fsdp) / 2, replace(training, checkpointing=True)
-    monkeypatch.setattr(fit, "peak", lambda t, *_: fsdp if t.parallel == "fsdp" else ddp)
-    change = fit.smallest_change(less, 1, 8, room)
-    assert change == "--activation_checkpointing=True --parallel=fsdp --batch_size=1"
-    assert fit.smallest_change(shards, 1, 8, room) == ""
+    assert fsdp < fit.peak(replace(shards, shards=2), 1, 8), "hsdp of two machines"
+    room = (ddp + fsdp) / 2
+    with monkeypatch.context() as patched:
+        patched.setattr(fit, "peak", lambda t, *_: fsdp if t.shards > 1 else ddp)
+        assert fit.smallest_change(training, 1, 8, room) == "--parallel=fsdp --batch_size=1"
+        half = replace(training, dtype=torch.float16)
+        assert "fsdp" not in fit.smallest_change(half, 1, 8, room), "which takes no float16"
+        assert fit.smallest_change(shards, 1, 8, room) == ""
     args = [*DRY_RUN, f"--dataset={tmp_path}/none", f"--out_dir={tmp_path}/out", "--device=RTX3090"]
-    seen = script("train.py", *args, "--world_size=2", "--parallel=fsdp", "--batch_size=2")
+    fsdp = [*args, "--world_size=2", "--parallel=fsdp", "--batch_size=2"]
+    seen = script("train.py", *fsdp)
     assert seen.code == 0, seen.err
-    assert "on each of 2 cards, fsdp," in seen.out and "gathered layers" in seen.out
+    assert "on each of 2 cards, of which 2 share a model," in seen.out
+    assert "gathered layers" in seen.out and "DDP's buckets" not in seen.out
     assert "(2 x 64 x 4 micro-steps x 2 cards)" in seen.out
-    assert [line for line in seen.out.splitlines() if "DDP's buckets" in line] == []
+    for wrong, word in (("--dtype=float16", "float16"), ("--sample_prompt=a", "sample_prompt")):
+        seen = script("train.py", *fsdp, wrong)
+        assert seen.code == 1 and word in seen.err, "as the run itself"
+
+
+def test_how_a_run_is_shared_out():
+    settings = {"compile": "False", "activation_checkpointing": False, "optimizer": "adamw"}
+    here = machine.Machine(torch.device("cpu"), torch.float32, "")
+    shards = {
+        parallel: fit.training_of(
+            settings | {"parallel": parallel}, DRY, here, 0.0, "", 8, 4
+        ).shards
+        for parallel in ("ddp", "fsdp", "hsdp")
+    }
+    assert shards == {"ddp": 1, "fsdp": 8, "hsdp": 4}
 
 
 def test_a_plan_beyond_the_calendar(script, dataset, tmp_path):
@@ -224,9 +241,10 @@ def test_a_dry_run_that_does_not_fit_says_what_does(script, tmp_path, monkeypatc
 
 
 def test_the_rate_of_a_card_is_its_types():
-    """float32 is TF32, at half the rate; a card without it has an eighth."""
+    """float32 is TF32, at half the rate; a card without it has an eighth, and so in bfloat16."""
     rates = [[cards.find_card(n).peak(t) for t in TYPES] for n in ("RTX3090", "V100-16GB")]
-    assert rates == [[71e12, 35.5e12], [125e12, 15.625e12]]
+    assert rates == [[71e12, 35.5e12], [15.625e12, 15.625e12]]
+    assert cards.find_card("V100-16GB").peak(torch.float16) == 125e12
 
 
 TYPES = (torch.bfloat16, torch.float32)
@@ -248,17 +266,23 @@ def test_a_plan_of_a_resumed_run_is_for_what_is_left(script, tiny):
     result = script("train.py", *flags)
     assert result.code == 0, result.err
     assert "resumed  at 6 updates; 6 are left" in result.out and "hours for 6 updates" in result.out
-    assert "ms at 75% of 35.5 TFLOP/s" in result.out and "it waits for the CPU" in result.out
+    assert "ms at 74% of 35.5 TFLOP/s" in result.out
+    assert "more than products so small reach" in result.out and "waits for the CPU" in result.out
     result = script("train.py", *flags, "--init_from=scratch", "--dtype=bfloat16", "--world_size=2")
-    assert "hours for 12 updates" in result.out and "ms at 75% of 71 TFLOP/s" in result.out
+    assert "hours for 12 updates" in result.out and "ms at 74% of 71 TFLOP/s" in result.out
 
 
 def test_what_is_known_of_a_cards_speed():
-    """Fitted, or of the same chip; all others are a guess, and said to be."""
-    reached = [cards.reach_of(cards.find_card(n)) for n in ("RTX3090", "H200", "H100", "RTX4090")]
-    assert [r.products for r in reached] == [0.754, 0.53, 0.53, 0.7]
-    assert [r.source.split()[0] for r in reached] == ["fitted", "fitted", "fitted", "a"]
-    assert all(100 < c.gigabytes < 10_000 for c in cards.CARDS)
+    """Only of the type in which it was measured; a card of the same chip is not another guess."""
+    half, whole = torch.bfloat16, torch.float32
+    h200, h100, pcie, new = (cards.find_card(n) for n in ("H200", "H100", "H100PCIe", "RTX4090"))
+    assert "measured" in cards.reach_of(h200, half).bandwidth_source
+    assert cards.reach_of(h100, half).bandwidth_source == "assumed"
+    reached = [c.peak(half) * cards.reach_of(c, half).products for c in (h200, h100, pcie)]
+    assert reached[0] == reached[1] > reached[2], "the slower clock"
+    assert cards.reach_of(new, half) == cards.GUESS
+    assert cards.reach_of(h200, whole).source == "a guess"
+    assert all(100 < c.gb_per_s < 10_000 for c in cards.CARDS)
 
 
 def test_the_time_of_a_plan():
@@ -275,20 +299,20 @@ def test_the_time_of_a_plan():
 
     scores = 12 * 3 * size.num_attention_heads * size.head_dim * size.max_position_embeddings
     products, peak = flops_per_token(GPT(size)) - scores, card.peak(torch.bfloat16)
-    tokens, reach = 64 * size.max_position_embeddings, cards.reach_of(card)
-    calm = replace(card, gigabytes=1e9)
+    tokens, reach = 64 * size.max_position_embeddings, cards.reach_of(card, torch.bfloat16)
+    calm = replace(card, gb_per_s=1e9)
     halves = scores / 2 * (1 / 3 + 5 / 6 / cards.BACKWARD)
     for saving in range(3):
         times = seconds(card=calm, saving=saving)
         assert times.products * reach.products * peak == pytest.approx(tokens * products, rel=1e-6)
         assert times.attention * reach.attention * peak == pytest.approx(tokens * halves, rel=1e-6)
     assert seconds(1).waits and not seconds(4096).waits
-    assert seconds(4096).memory == pytest.approx(2 * seconds(2048).memory, rel=0.01)
-    half = replace(card, gigabytes=card.gigabytes / 2)
-    assert seconds(4096, half).memory == pytest.approx(2 * seconds(4096).memory)
-    three, four, eight = (seconds(4096, layers=n).memory for n in (3, 4, 8))
+    assert seconds(4096).loops == pytest.approx(2 * seconds(2048).loops, rel=0.01)
+    half = replace(card, gb_per_s=card.gb_per_s / 2)
+    assert seconds(4096, half).loops == pytest.approx(2 * seconds(4096).loops)
+    three, four, eight = (seconds(4096, layers=n).loops for n in (3, 4, 8))
     assert eight - four == pytest.approx(4 * (four - three))
-    assert seconds(4096, saving=0).memory < seconds(4096).memory
+    assert seconds(4096, saving=0).loops < seconds(4096).loops
     assert seconds(4096, checkpointing=True).products > 1.2 * seconds(4096).products
     adamw, muon = (hours.update(replace(small, optimizer=n), 4096, 2, card) for n in OPTIMIZERS)
     assert 2 * seconds(4096).total < adamw < muon
@@ -306,9 +330,9 @@ def test_the_bytes_of_the_reference_are_those_of_the_generated_code(saving, giga
     found = []
     for layers in memory.LAYERS:
         kernels = hours.kernels_of(memory.shallow(training, layers), 12)
-        found.append(sum(k.nbytes for k in kernels if k.kind == hours.MEMORY))
+        found.append(sum(k.nbytes for k in kernels if k.kind == hours.LOOPS))
     moved = found[0] + (24 - memory.LAYERS[0]) * (found[1] - found[0])
-    assert moved == pytest.approx(gigabytes * 1e9, rel=0.03)
+    assert moved == pytest.approx(gigabytes * 1e9, rel=0.01)
 
 
 @pytest.mark.slow
@@ -328,13 +352,13 @@ def test_consumer_cards_have_the_memory(optimizer, norm, batch, gib):
     [
         ({}, 12, 10, 203_743),
         ({"checkpointing": True}, 12, 10, 164_120),
-        ({"optimizer": "muon", "layers": 12, "qk_norm": True}, 16, 8, 345_395),
+        ({"optimizer": "muon"}, 16, 8, 345_395),
     ],
 )
 def test_the_speed_of_an_h200_is_what_was_measured(more, batch, micro_steps, measured):
     """Of the first one the share of products was fitted; the others are predicted."""
-    layers, norm = more.pop("layers", 24), more.pop("qk_norm", False)
-    size = replace(GPTConfig(), num_hidden_layers=layers, qk_norm=norm)
+    half = more.get("optimizer") == "muon"
+    size = replace(GPTConfig(), num_hidden_layers=12 if half else 24, qk_norm=half)
     training = Training(size, torch.bfloat16, "cuda", True, False, True, saving=0)
     card = cards.find_card("H200")
     step = hours.update(replace(training, **more), batch, micro_steps, card)

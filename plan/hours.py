@@ -170,6 +170,8 @@ def kernels_of(training: Training, batch: int) -> Iterator[Kernel]:
             given = [a for a in n.args if isinstance(a, fx.Node)]
             shapes = [t.shape for a in given for t in tensors(a.meta.get("val"))]
             moved = sum(map(nbytes, loops.reads[n])) + nbytes(n)
+            if "index_put" in op_name(n):  # in its place: a table of which few rows change
+                moved -= 2 * nbytes(n)
             inner = (a.__name__ for a in n.args if isinstance(a, torch._ops.OpOverload))
             name = next(inner, op_name(n))  # of what runs with another random state
             yield kernel_of(name.partition(".")[0], shapes, moved, grown)

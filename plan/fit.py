@@ -104,8 +104,7 @@ def at_once(training: Training, windows: int, room: float | None) -> int:
     if training.device_type != "cuda":
         plain = replace(training, compiled=False)  # takes no less, and is traced sooner
         return largest_batch(plain, windows, room, max(1, CPU_TOKENS // context)) or 1
-    whole = training.compiled and training.shards == 1
-    levels = (0, most_saving(training.dtype)) if whole else (training.saving,)
+    levels = (0, most_saving(training.dtype)) if training.chooses else (training.saving,)
     found = []  # cost of a token, micro-batch
     for level in levels:
         if batch := largest_batch(replace(training, saving=level), windows, room):
@@ -215,8 +214,7 @@ def as_needed(
 
     room: bytes of the device less the reserve; None = unknown, then it stays as it is.
     """
-    fixed = training.device_type != "cuda" or not training.compiled or training.shards > 1
-    if fixed or room is None:
+    if not training.chooses or room is None:
         return training
     whole = replace(training, saving=least)
     fits = peak(whole, batch, windows) <= room

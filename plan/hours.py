@@ -106,14 +106,10 @@ class Loops:
         life = Lifetimes(graph)
         self.nbytes, self.stage = nbytes, life.stage
         values = [n for n in life.nodes if life.base[n] is n]
-        readers: dict[fx.Node, list[fx.Node]] = {n: [] for n in life.nodes}
-        for n in values:
-            for a in {life.base[a] for a in n.all_input_nodes}:
-                readers[a].append(n)
         end = max(life.stage.values())
         latest: dict[fx.Node, int] = {}
         for n in reversed(values):
-            after = (latest[r] - is_kernel(n) for r in readers[n] if r.op != "output")
+            after = (latest[r] - is_kernel(n) for r in life.readers[n] if r.op != "output")
             latest[n] = min(after, default=end)
         self.reads: dict[fx.Node, set[fx.Node]] = {}
         written: list[fx.Node] = []
@@ -127,7 +123,7 @@ class Loops:
                 continue
             called = is_kernel(n) or n.target is operator.getitem
             smaller = nbytes(n) < sum(map(nbytes, self.reads[n]))
-            if called or n in life.kept or smaller or any(map(is_kernel, readers[n])):
+            if called or n in life.kept or smaller or any(map(is_kernel, life.readers[n])):
                 there.add(n)
             if is_kernel(n):
                 self.kernels.append(n)

@@ -56,6 +56,11 @@ class Training:
     ranks: int = 1  # processes, of a device each
     shards: int = 1  # ranks that weights, gradients and moments are spread over; 1: DDP
 
+    @property
+    def chooses(self) -> bool:
+        """Whether it saves only as much memory as it has to: a GPU's whole model, compiled."""
+        return self.device_type == "cuda" and self.compiled and self.shards == 1
+
 
 def probe(config: GPTConfig) -> int:
     """A micro-batch by which sizes of the model cannot be divided: the smallest such prime from 5.
@@ -314,14 +319,14 @@ class Lifetimes:
         self.nodes = list(graph.nodes)
         self.base: dict[fx.Node, fx.Node] = {}  # whose memory a view looks at
         self.stage: dict[fx.Node, int] = {}  # kernels on the longest way to it
-        readers: dict[fx.Node, list[fx.Node]] = {n: [] for n in self.nodes}
+        self.readers: dict[fx.Node, list[fx.Node]] = {n: [] for n in self.nodes}
         for n in self.nodes:
             inputs = n.all_input_nodes
             self.base[n] = self.base[inputs[0]] if is_view(n) and inputs else n
             self.stage[n] = max((self.stage[a] + is_kernel(a) for a in inputs), default=0)
             if self.base[n] is n:
                 for a in inputs:
-                    readers[self.base[a]].append(n)
+                    self.readers[self.base[a]].append(n)
         self.returned = [o for o in tree_leaves(self.nodes[-1].args) if isinstance(o, fx.Node)]
         self.kept = {self.base[o] for o in self.returned}
         self.real: set[fx.Node] = set()
@@ -333,7 +338,8 @@ class Lifetimes:
                 reads[n] |= {a} if a in self.real or a.op == "placeholder" else reads[a]
             grown = bytes_of(n) > sum(map(bytes_of, reads[n]))
             later = (
-                is_kernel(r) or (self.stage[r] != self.stage[n] and not grown) for r in readers[n]
+                is_kernel(r) or (self.stage[r] != self.stage[n] and not grown)
+                for r in self.readers[n]
             )
             whole = is_kernel(n) or n.target is operator.getitem or op_name(n) in REDUCTIONS
             computed = n.op == "call_function" and self.base[n] is n

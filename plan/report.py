@@ -92,8 +92,7 @@ def memory_lines(
         return
     reserve = fit.RESERVE[training.device_type]
     verdict = "fits" if sum(parts.values()) <= room else "DOES NOT FIT"
-    whole = training.compiled and training.shards == 1
-    if verdict == "fits" and training.device_type == "cuda" and whole:
+    if verdict == "fits" and training.chooses:
         verdict += SAVINGS[training.saving]
     yield (
         f"  {where}: {(room + reserve) / GIB:.2f} GiB, less {reserve / GIB:.1f} for what is not in "
@@ -291,6 +290,7 @@ def plan(
     state: TrainState,
 ) -> Iterator[str]:
     """Lines on memory, cards, time and scaling; card is planned for instead of device.
+
     most: windows at once, 0 = as many as are fastest. steps: updates of the whole run. state: of a
     resumed one. Raises ValueError at the end, with the smallest change that fits, when the run does
     not fit.

@@ -1000,7 +1000,6 @@ def test_key_heads_are_copied_where_only_that_is_fused(monkeypatch):
 
 
 @enters("cards.find_card", "memory.attention_of", "compiling.why_uncompiled")
-@enters("report.memory_lines")
 def test_a_plan_for_cuda():
     """Traced as a GPU keeps it: the same with and without dropout, whose mask no kernel keeps."""
     training = memory.Training(SIZE, torch.bfloat16, "cuda", True, False, True)
@@ -1012,7 +1011,7 @@ def test_a_plan_for_cuda():
     assert "short" in compiling.why_uncompiled("auto", torch.device("cpu"), 1.0, "")
 
 
-@enters("fit.as_needed")
+@enters("memory.Training.chooses")
 def test_a_run_keeps_what_its_card_has_room_for(gpu, monkeypatch, capsys):
     """23 GiB are free, and no more is kept than 22 can hold."""
     where = machine.Machine(torch.device("cuda", 0), torch.bfloat16, "")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_train import equal, records, weights
+from torch.utils.flop_counter import FlopCounterMode
 
 from formats import checkpoint
 from model import GPT, GPTConfig, num_parameters
@@ -189,3 +190,14 @@ def test_what_is_no_optimizer_and_no_schedule_is_told(script, tiny):
     assert result.code == 1
     for words in ("adamw or muon, not 'sgd'", "cosine or wsd, not 'linear'", "at most 1, not 2"):
         assert words in result.err
+
+
+def test_the_operations_of_an_update_are_those_that_are_counted():
+    model = GPT(GPTConfig(64, 32, 80, 2, 2, 1, 16, 16))
+    optimizer = configure_optimizer(model, 1e-3, (0.9, 0.95), 0.1, "muon")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    shapes = [p.shape for g in optimizer.param_groups for p in g["params"] if "momentum" in g]
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert muon.operations(shapes) == counter.get_total_flops() > 0

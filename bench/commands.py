@@ -71,6 +71,12 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def failed(command: Sequence[str], err: bytes) -> ValueError:
+    """The error of a command that has failed: the last line that it wrote to stderr."""
+    last = (err.decode(errors="replace").strip() or "no message").splitlines()[-1]
+    return ValueError(f"{' '.join(command)} failed: {last}")
+
+
 def run(
     command: Sequence[str],
     folder: Path | None = None,
@@ -88,8 +94,7 @@ def run(
                 peak = max(peak, size_of(folder))
         seconds = time.perf_counter() - t0
     if process.returncode:
-        last = (err.decode(errors="replace").strip() or "no message").splitlines()[-1]
-        raise ValueError(f"{' '.join(command)} failed: {last}")
+        raise failed(command, err)
     *lines, memory = out.decode(errors="replace").strip().splitlines()
     return Cost(seconds, max(peak, size_of(folder)), int(memory), "\n".join(lines).strip())
 

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from bench.commands import LOOK_S, started
+from bench.commands import LOOK_S, failed, started
 from bench.settings import check
 from configurator import configure
 from run import interrupt, machine, script
@@ -189,9 +189,7 @@ def training(command: Sequence[str], threads: int) -> Iterator[Callable[[], bool
         def ended() -> bool:
             if process.poll():
                 err.seek(0)
-                lines = err.read().decode(errors="replace").strip().splitlines()
-                last = lines[-1] if lines else "no message"
-                raise ValueError(f"{' '.join(command)} failed: {last}")
+                raise failed(command, err.read())
             return process.returncode == 0
 
         yield ended

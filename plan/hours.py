@@ -7,9 +7,8 @@ measured or assumed, and run/cards.py says which.
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -74,19 +73,19 @@ def kernel_of(name: str, shapes: list[torch.Size], nbytes: float, grown: float) 
     return Kernel(PRODUCTS if flops else LOOPS, flops, nbytes)
 
 
-def tensors(value: Any) -> list[Tensor]:
+def tensors(n: fx.Node) -> list[Tensor]:
     """All tensors of a value, but for a random generator's state of unknown length."""
-    found = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    found = [t for t in tree_leaves(n.meta.get("val")) if isinstance(t, Tensor)]
     return [t for t in found if isinstance(t.numel(), int)]
 
 
-def sizer(training: Training, batch: int) -> Callable[[Any], float]:
-    """A function that tells the bytes of a value with `batch` windows, of one that was traced."""
+def sizer(training: Training, batch: int) -> Callable[[fx.Node], float]:
+    """A function that tells the bytes of a traced value with `batch` windows."""
     traced = memory.probe(training.config)
 
-    def nbytes(value: Any) -> float:
+    def nbytes(n: fx.Node) -> float:
         found = 0.0
-        for t in tensors(value):
+        for t in tensors(n):
             grown = batch / traced if t.numel() % traced == 0 else 1.0
             found += t.numel() * t.element_size() * grown
         return found
@@ -104,7 +103,7 @@ class Loops:
 
     def __init__(self, graph: fx.Graph, nbytes: Callable[[fx.Node], float]) -> None:
         life = Lifetimes(graph)
-        self.nbytes, self.stage = nbytes, life.stage
+        self.nbytes = nbytes
         values = [n for n in life.nodes if life.base[n] is n]
         end = max(life.stage.values())
         latest: dict[fx.Node, int] = {}
@@ -154,17 +153,13 @@ class Loops:
 
 def kernels_of(training: Training, batch: int) -> Iterator[Kernel]:
     """The kernels of a micro-step of the compiled graph."""
-    size, grown = sizer(training, batch), batch / memory.probe(training.config)
-
-    def nbytes(n: fx.Node) -> float:
-        return size(n.meta.get("val"))
-
+    nbytes, grown = sizer(training, batch), batch / memory.probe(training.config)
     for graph in memory.captured(training):
         loops = Loops(graph, nbytes)
         yield from loops.all()
         for n in loops.kernels:
             given = [a for a in n.args if isinstance(a, fx.Node)]
-            shapes = [t.shape for a in given for t in tensors(a.meta.get("val"))]
+            shapes = [t.shape for a in given for t in tensors(a)]
             moved = sum(map(nbytes, loops.reads[n])) + nbytes(n)
             if "index_put" in op_name(n):  # in its place: a table of which few rows change
                 moved -= 2 * nbytes(n)
@@ -201,27 +196,23 @@ class Times:
         return max(self.works, self.kernels * KERNEL_S)
 
 
-def times_of(kernels: Iterable[Kernel], card: cards.Card, dtype: torch.dtype) -> Times:
-    """The seconds of kernels on a card."""
+@functools.lru_cache(maxsize=64)
+def times_of(training: Training, batch: int, card: cards.Card) -> Times:
+    """Of a training whose size is small enough to be traced as it is."""
     found = dict.fromkeys((PRODUCTS, ATTENTION, LOOPS), 0.0)
     count = 0
-    for kernel in kernels:
-        found[kernel.kind] += kernel.seconds(card, dtype)
+    for kernel in kernels_of(training, batch):
+        found[kernel.kind] += kernel.seconds(card, training.dtype)
         count += kernel.count
     return Times(**found, kernels=float(count))
 
 
-@functools.lru_cache(maxsize=64)
 def micro_step(training: Training, batch: int, card: cards.Card) -> Times:
     """Of a training, compiled. It grows with each layer by the same amount, as memory does."""
-    layers, dtype = training.config.num_hidden_layers, training.dtype
+    layers, plain = training.config.num_hidden_layers, replace(training, compiled=True)
     depths = memory.LAYERS if layers > max(memory.LAYERS) else (layers,)
-    found = []
-    for depth in depths:
-        less = memory.shallow(replace(training, compiled=True), depth)
-        found.append(times_of(kernels_of(less, batch), card, dtype))
-    first, last = found[0], found[-1]
-    pairs = zip(astuple(first), astuple(last), strict=True)
+    found = [times_of(memory.shallow(plain, depth), batch, card) for depth in depths]
+    pairs = zip(astuple(found[0]), astuple(found[-1]), strict=True)
     return Times(*(a + (layers - depths[0]) * (b - a) for a, b in pairs))
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from configurator import configure, refuse, settings_of, typed, without
 from model import num_parameters
 from plan.fit import settle
-from run import folder, optim, script
+from run import folder, int8, optim, script
 from run.agreement import Agreement
 from run.cards import peak_flops
 from run.compiling import compile_or_say_why
@@ -122,6 +122,7 @@ wandb_run_name = ""  # its name there; empty = the name of out_dir
 # machine
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16: type of matrix products, by autocast
+matmul_dtype = "auto"  # of the blocks: auto = dtype; int8 for GeForce cards, experimental
 parallel = "ddp"  # under torchrun: ddp (whole models), fsdp (sharded), hsdp (sharded per machine)
 compile = "auto"  # auto, True, False: torch.compile
 deterministic = False  # on CUDA: a resumed run is the same bit for bit, as on a CPU; slower
@@ -165,6 +166,7 @@ def main() -> None:
     rank, ranks = team.rank, team.ranks
     make_deterministic(deterministic)
     machine = find_machine(team.device(device), dtype)
+    int8.check(matmul_dtype, machine.device, compile)
     sharded = parallel != "ddp" and not team.alone
     if sharded:
         check_sharded(parallel, machine.dtype, sample_prompt)
@@ -194,8 +196,7 @@ def main() -> None:
 
     # --- model and optimizer
     tune(machine.device)
-    torch.manual_seed(seed)
-    model = start.build(rank)
+    model = start.build(rank, seed)
     name = str(settings["optimizer"])  # the setting; from here on the word is the thing
     if rank == 0:
         numbers = num_parameters(model) + optim.moments(optim.groups_of(model, name))
@@ -209,6 +210,7 @@ def main() -> None:
         model.to(machine.device)
         net = model if team.alone else replicate(model)
     kernel = choose_attention(model, machine.dtype)
+    int8.begin(matmul_dtype, model, machine.dtype)
     rates = learning_rate, (beta1, beta2), weight_decay
     optimizer = optim.configure_optimizer(model, *rates, name, machine.dtype, muon_lr)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)

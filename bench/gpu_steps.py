@@ -58,10 +58,13 @@ from making.compiled import compile_decode
 from making.sampling import cache_length
 from making.scoring import Question, score, sliding
 from model import GPT, GPTConfig
-from run import machine, script
+from run import int8, machine, script
 from run.machine import choose_attention
 
 TOKENS = 122880  # of an update of the reference: 10 micro-steps
+UPDATES = 30  # of it
+INT8_UPDATES, INT8_GAP = 20, 0.1  # and how far its loss may then be from bfloat16's
+CHECKED_ROWS = 32  # of each int8 product, against int64
 PLANTED = 3  # the update that gets an infinite gradient
 PROFILED = range(6, 9)  # updates
 KERNELS = 15  # of the profile's table
@@ -108,7 +111,7 @@ def gpu_tests(setup: Setup) -> None:
 
 def reference(setup: Setup) -> None:
     """The reference run's first 30 updates, or as many as there is time for."""
-    f = train_config(setup, "train_gpt", 30, tokens_per_step=TOKENS)
+    f = train_config(setup, "train_gpt", UPDATES, tokens_per_step=TOKENS)
     emit(checks=speed_check(setup, f, 140e3))
 
 
@@ -319,6 +322,53 @@ def profiled(setup: Setup) -> None:
     emit(checks={"a table of kernels": bool(kernels)}, kernels_ms_calls=kernels)
 
 
+def int8_product(rows: int, n: int, k: int, device: torch.device) -> tuple[bool, float, float]:
+    """Whether a product of random int8 numbers is exact, and seconds: its own, and bfloat16's."""
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-127, 128, (r, k), generator=draw, dtype=torch.int8) for r in (rows, n))
+    scales = [torch.rand(r, 1, generator=draw) for r in (rows, n)]
+    there = [t.to(device) for t in (a, b, *scales)]
+    found = int8.int8_product(*there, torch.float32)[-CHECKED_ROWS:].cpu()
+    wanted = (a[-CHECKED_ROWS:].long() @ b.long().t()).float() * scales[0][-CHECKED_ROWS:]
+    wide = [t.bfloat16() for t in there[:2]]
+
+    def quickest(work: Callable[[], object]) -> float:
+        work()
+        return min(seconds(device, work) for _ in range(10))
+
+    mine = quickest(lambda: int8.int8_product(*there, torch.bfloat16))
+    return torch.equal(found, wanted * scales[1].t()), mine, quickest(lambda: wide[0] @ wide[1].t())
+
+
+def int8_training(setup: Setup) -> None:
+    """Each int8 product of the reference, exact and timed, and its first updates with them."""
+    device = device_of(setup)
+    if why := int8.why_not(device, None):
+        return emit(f"skipped: {why}")
+    config = config_of(TINY if setup.tiny else {})
+    with torch.device("meta"):
+        shapes = int8.shapes_of(GPT(dataclasses.replace(config, num_hidden_layers=1)))
+    rows, exact, speeds = 64 if setup.tiny else 12288, True, dict[str, list[float]]()
+    for n, k in shapes:
+        same, mine, theirs = int8_product(rows, n, k, device)
+        exact = exact and same
+        speeds[f"{n} x {k}"] = [2 * rows * n * k / mine / 1e12, theirs / mine]
+    words = (f"{shape} {tops:.4g} TOPS, {x:.2f}x bfloat16" for shape, (tops, x) in speeds.items())
+    emit(*words, checks={"exact": exact}, tops_and_times_bfloat16=speeds)
+    more: Figures = {"tokens_per_step": TOKENS, "lr_decay_iters": UPDATES, "matmul_dtype": "int8"}
+    f, theirs_of = train_config(setup, "train_gpt", INT8_UPDATES, **more), of_reference(setup)
+    if not theirs_of.get("losses"):
+        return
+    shared = min(len(theirs_of["losses"]), len(f["losses"]))
+    gap = abs(theirs_of["losses"][shared - 1] - f["losses"][shared - 1])
+    emit(
+        f"{f['tokens_per_s'] / theirs_of['tokens_per_s']:.2f} of step {REFERENCE}'s speed",
+        f"losses differ by {gap:.1e} after {shared} updates",
+        checks={f"within {INT8_GAP} of step {REFERENCE}'s loss": gap <= INT8_GAP},
+        gap=gap,
+    )
+
+
 def beside_others(setup: Setup) -> None:
     """The reference's training steps beside transformers' and other projects': bench/train.py."""
     shape = {"layers": 24, "hidden": 1024, "batch": 12, "context": 1024, "micro_steps": 4}
@@ -354,20 +404,21 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step("machine", 14, speeds),
-    Step("tests/gpu", 36, gpu_tests),
-    Step("reference", 113, reference),
+    Step("machine", 8, speeds),
+    Step("tests/gpu", 30, gpu_tests),
+    Step("reference", 100, reference),
     Step("out of memory", 25, out_of_memory),
     Step("resume", 42, resume),
     Step("uncompiled", 30, uncompiled),
     Step("activation checkpointing", 75, recomputed),
-    Step("float16", 18, loss_scaling),
-    Step("decoding", 80, decode),
-    Step("evaluation", 17, evaluation),
+    Step("float16", 14, loss_scaling),
+    Step("decoding", 74, decode),
+    Step("evaluation", 9, evaluation),
     Step("torchrun", 28, torchrun),
-    Step("12 layers", 67, half_depth),
+    Step("12 layers", 63, half_depth),
     Step("cuDNN, profile", 35, profiled),
     Step("beside others", 150, beside_others),
+    Step("int8", 65, int8_training),
 )
 TESTS = 1  # this step runs last, in the time that is left
 CUDNN = 12  # in this one cuDNN's attention is allowed, which data centres' cards take

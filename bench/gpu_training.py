@@ -196,6 +196,7 @@ def train_config(
     f: Figures = {k: s[k] for k in ("batch_size", "tokens_per_step", "compile")}
     f |= {"updates": len(records), "first_loss": records[0]["loss"]}
     f |= {"last_loss": records[-1]["loss"], "uniform_loss": math.log(vocabulary)}
+    f["losses"] = [r["loss"] for r in records]
     f["tokens_per_s"] = statistics.median(r["tokens_per_s"] for r in records[len(records) // 3 :])
     f |= {"lines": lines} | watch.figures()
     facts = [f"{f['tokens_per_s']:,.0f} tokens/s"]

@@ -179,6 +179,7 @@ def training_of(
         optimizer=settings["optimizer"],
         ranks=ranks,
         shards={"ddp": 1, "hsdp": local_ranks}.get(settings["parallel"], ranks),
+        matmul=settings["matmul_dtype"],
     )
 
 

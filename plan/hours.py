@@ -19,7 +19,7 @@ from plan import memory
 from plan.memory import Lifetimes, Training, is_kernel, op_name
 from run import cards, muon, optim
 
-PRODUCTS, ATTENTION, LOOPS = "products", "attention", "loops"
+PRODUCTS, INT8, ATTENTION, LOOPS = "products", "int8", "attention", "loops"
 KERNEL_S = 5e-6  # of a CPU's work to launch a kernel, assumed: a small model's GPU waits for it
 NODE = 8  # cards in one machine, assumed
 UNCOMPILED = 3.5  # times as long as compiled, measured once, on an H200
@@ -42,8 +42,9 @@ class Kernel:
     def seconds(self, card: cards.Card, dtype: torch.dtype) -> float:
         """On a card: it computes while it reads."""
         reach = cards.reach_of(card, dtype)
-        share = {PRODUCTS: reach.products, ATTENTION: reach.attention}.get(self.kind, 1.0)
-        computes = self.flops / (share * self.share * card.peak(dtype))
+        shares = {PRODUCTS: reach.products, ATTENTION: reach.attention, INT8: cards.INT8}
+        share = self.share * shares.get(self.kind, 1.0)
+        computes = self.flops / (share * card.peak(torch.int8 if self.kind == INT8 else dtype))
         return max(computes, self.nbytes / (reach.bandwidth * card.bandwidth))
 
 
@@ -51,13 +52,16 @@ class Kernel:
 
 
 def flops_of(name: str, shapes: list[torch.Size]) -> float:
-    """Of a product of the last two tensors, or of causal attention with queries of a shape.
+    """Of a product of two tensors, or of causal attention with queries of a shape.
 
     Queries are the first tensor, and in the backward pass the second, which has 2.5 times as much.
     """
     if name in ("mm", "addmm", "bmm", "baddbmm"):
         a, b = shapes[-2:]
         return 2.0 * math.prod(a) * b[-1]
+    if name == "int8_product":
+        a, b = shapes[:2]
+        return 2.0 * math.prod(a) * b[0]
     if "attention" in name:
         backward = "backward" in name
         queries = shapes[1] if backward else shapes[0]
@@ -70,6 +74,8 @@ def kernel_of(name: str, shapes: list[torch.Size], nbytes: float, grown: float) 
     flops = flops_of(name, shapes) * grown
     if "attention" in name:
         return Kernel(ATTENTION, flops, nbytes, cards.BACKWARD if "backward" in name else 1.0)
+    if name == "int8_product":
+        return Kernel(INT8, flops, nbytes)
     return Kernel(PRODUCTS if flops else LOOPS, flops, nbytes)
 
 
@@ -176,6 +182,7 @@ class Times:
     """Seconds of a micro-step, by kind of kernel, and about the number of kernels."""
 
     products: float
+    int8: float  # products in int8
     attention: float
     loops: float
     kernels: float  # at most: each loop makes one value
@@ -183,7 +190,7 @@ class Times:
     @property
     def works(self) -> float:
         """Of the GPU."""
-        return self.products + self.attention + self.loops
+        return self.products + self.int8 + self.attention + self.loops
 
     @property
     def waits(self) -> bool:
@@ -199,7 +206,7 @@ class Times:
 @functools.lru_cache(maxsize=64)
 def times_of(training: Training, batch: int, card: cards.Card) -> Times:
     """Of a training whose size is small enough to be traced as it is."""
-    found = dict.fromkeys((PRODUCTS, ATTENTION, LOOPS), 0.0)
+    found = dict.fromkeys((PRODUCTS, INT8, ATTENTION, LOOPS), 0.0)
     count = 0
     for kernel in kernels_of(training, batch):
         found[kernel.kind] += kernel.seconds(card, training.dtype)

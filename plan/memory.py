@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import model as model_file
 from model import GPT, GPTConfig, num_parameters
-from run import machine, muon, optim
+from run import int8, machine, muon, optim
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits and loss", "workspace")
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE = PARTS
@@ -36,7 +36,7 @@ REDUCTIONS = {"sum", "mean", "amax", "amin"}
 # Operators that the compiler calls as they are: what they read and write exists in memory.
 KERNELS = (
     *("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product", "index_put", "scatter"),
-    *("embedding_dense_backward", "_unsafe_masked_index_put"),
+    *("embedding_dense_backward", "_unsafe_masked_index_put", "int8_product"),
     *("run_and_save_rng_state", "run_with_rng_state"),
 )
 
@@ -55,6 +55,7 @@ class Training:
     saving: int = 1  # compiled, see machine.save_memory
     ranks: int = 1  # processes, of a device each
     shards: int = 1  # ranks that weights, gradients and moments are spread over; 1: DDP
+    matmul: str = "auto"  # the setting matmul_dtype
 
     @property
     def chooses(self) -> bool:
@@ -190,6 +191,8 @@ def fake_model(training: Training) -> tuple[GPT, Tensor]:
     """The model and a batch for it; call it inside a FakeTensorMode."""
     model = GPT(training.config)
     model.activation_checkpointing = training.checkpointing
+    if training.matmul == "int8":
+        int8.learn_in_int8(model)
     shape = (probe(training.config), training.config.max_position_embeddings)
     return model, torch.zeros(shape, dtype=torch.int64)
 

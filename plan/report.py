@@ -29,7 +29,7 @@ from plan.fit import (
 )
 from plan.hours import NODE
 from plan.memory import Training
-from run import cards
+from run import cards, int8
 from run.compiling import why_not_compile
 from run.cost import flops_per_token, model_line
 from run.curve import read_curve
@@ -133,6 +133,7 @@ def timed_step(
     tune(device)
     model = GPT(training.config).to(device)
     model.activation_checkpointing = training.checkpointing
+    int8.begin(training.matmul, model, training.dtype)
     rates = 1e-4, (0.9, 0.95), 0.1
     optimizer = configure_optimizer(model, *rates, training.optimizer, training.dtype)
     shape = (batch, training.config.max_position_embeddings)
@@ -182,13 +183,15 @@ def rate_lines(training: Training, batch: int, card: cards.Card) -> Iterator[str
     small = batch * config.max_position_embeddings < cards.LEAST_TOKENS
     small = small or config.hidden_size < cards.LEAST_WIDTH
     source = "more than products so small reach" if small else reach.source
+    int8_peak = f"{card.peak(torch.int8) / 1e12:g} TOPS"
     rows = (
         ("products", times.products, reach.products, peak, source),
+        ("int8", times.int8, cards.INT8, int8_peak, "assumed"),
         ("attention", times.attention, reach.attention, peak, "assumed"),
         ("loops", times.loops, reach.bandwidth, f"{card.gb_per_s:g} GB/s", reach.bandwidth_source),
     )
     yield f"  a micro-step, {1e3 * times.total:,.0f} ms, from its graph:"
-    for name, seconds, share, most, word in rows:
+    for name, seconds, share, most, word in (row for row in rows if row[1]):
         yield f"    {name:<10}{1e3 * seconds:8.1f} ms at {share:.0%} of {most} ({word})"
     if times.waits:
         each = f"{1e6 * hours.KERNEL_S:g} us"
@@ -369,6 +372,7 @@ def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
     cannot, ranks = "" if card else why_not_compile(device), s["world_size"]
     if ranks > 1 and not card:
         raise ValueError(f"world_size={ranks} needs a card to plan for, as --device=RTX3090")
+    int8.check(s["matmul_dtype"], device, s["compile"], card)
     if ranks > 1 and s["parallel"] != "ddp":
         check_sharded(s["parallel"], machine.dtype, s["sample_prompt"])
     training = training_of(s, config, machine, flops, cannot, ranks, min(NODE, ranks))

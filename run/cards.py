@@ -29,6 +29,8 @@ KNOWN = {
 SAME_CHIP = dict.fromkeys(("H100 80GB", "H100 NVL", "H100 PCIe"), "H200")
 # Products of narrower models, and of fewer tokens at once, keep no card busy
 LEAST_WIDTH, LEAST_TOKENS = 768, 4096
+INT8 = 0.56  # of the int8 rate that products reach, assumed: 160 of an RTX 3090's 284 TOPS
+WORKSTATION = ("RTX 6000 Ada", "RTX A6000")  # called RTX, too
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,24 @@ class Card:
         """Bytes/s of its memory."""
         return self.gb_per_s * 1e9
 
+    @property
+    def int8_times(self) -> int:
+        """How many times its 16-bit rate its int8 rate is; 0 where Triton has no int8 products.
+
+        GeForce cards add 16-bit products up in float32 at half the rate that their chips have.
+        """
+        if self.half != torch.bfloat16:
+            return 0
+        return 4 if self.name.startswith("RTX ") and self.name not in WORKSTATION else 2
+
     def peak(self, dtype: torch.dtype) -> float:
         """Dense FLOP/s in a type. float32 is TF32, at half the 16-bit rate, where the card has it.
 
         That is where it has bfloat16, too; older ones have an eighth in float32 itself, through
         which torch makes their bfloat16.
         """
+        if dtype == torch.int8:
+            return self.int8_times * self.tflops * 1e12
         if self.half == torch.bfloat16:
             slower = 2 if dtype == torch.float32 else 1
         else:
@@ -119,12 +133,18 @@ def short_name(card: str) -> str:
     return " ".join(name.replace("-PCIE", " PCIe").split())
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The card's dense FLOP/s in a type, None for a card that is not in the table and for a CPU."""
+def card_of(device: torch.device) -> Card | None:
+    """The card of a device, None for one that is not in the table and for a CPU."""
     if device.type != "cuda":
         return None
     name = short_name(torch.cuda.get_device_name(device))
-    return next((c.peak(dtype) for c in CARDS if short_name(c.name) == name), None)
+    return next((c for c in CARDS if short_name(c.name) == name), None)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Its dense FLOP/s in a type, None where it is not known."""
+    card = card_of(device)
+    return card.peak(dtype) if card else None
 
 
 def find_card(name: str) -> Card | None:

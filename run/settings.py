@@ -19,6 +19,7 @@ CHOICES = {  # setting -> what it may be
     "optimizer": ("adamw", "muon"),
     "lr_schedule": ("cosine", "wsd"),
     "parallel": ("ddp", "fsdp", "hsdp"),
+    "matmul_dtype": ("auto", "int8"),
 }
 LEAST = {  # setting -> smallest value
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers"), 1),
@@ -50,7 +51,7 @@ LEAST = {  # setting -> smallest value
 }
 # Settings that decide what a run learns; a resumed run warns when one has changed.
 DECIDE = (
-    *("tokens_per_step", "seed", "max_iters", "dropout", "dtype", "skip_spike"),
+    *("tokens_per_step", "seed", "max_iters", "dropout", "dtype", "matmul_dtype", "skip_spike"),
     *("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "decay_lr"),
     *("optimizer", "muon_lr", "lr_schedule", "decay_share"),
     *("weight_decay", "beta1", "beta2", "grad_clip", "deterministic"),
@@ -185,14 +186,15 @@ def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     Both have the keys config (the settings), data and dtype, as a checkpoint has them.
     """
+    before = {"matmul_dtype": "auto"} | saved["config"]  # an older checkpoint has none
     found = [
         f"{k} {v!r} -> {now['config'][k]!r}"
-        for k, v in saved["config"].items()
+        for k, v in before.items()
         if k in DECIDE and now["config"][k] != v
     ]
-    before, after = eval_windows(saved["config"]), eval_windows(now["config"])
-    if before != after:
-        found.append(f"windows of an evaluation {before} -> {after}")
+    had, has = eval_windows(saved["config"]), eval_windows(now["config"])
+    if had != has:
+        found.append(f"windows of an evaluation {had} -> {has}")
     was, comes = (dataset_folder(str(s["config"].get("dataset"))).name for s in (saved, now))
     if was != comes:  # however it is spelt
         found.append(f"dataset {was!r} -> {comes!r}")

@@ -101,8 +101,9 @@ class Start:
         common: dict[str, Any] = {"config": GPTConfig(**config), "state": TrainState(**state)}
         return replace(self, **common, resumed=resumed, scaler=scaler, parts=parts)
 
-    def build(self, rank: int) -> GPT:
+    def build(self, rank: int, seed: int) -> GPT:
         """The model on the CPU; only rank 0's weights count, unless each rank reads its own."""
+        torch.manual_seed(seed)
         counts = rank == 0 and not self.parts
         with contextlib.nullcontext() if counts else rebuild.SkipInit():
             if self.saved and not self.parts:

@@ -577,7 +577,7 @@ def read_checkpoint(folder):
         begun.check(found.model.config, found.tok, now, set())
     team = join(30)
     begun = begun.shared(team, False)
-    model = begun.build(0)
+    model = begun.build(0, 0)
     optimizer = optim.configure_optimizer(model, 1e-3, (0.9, 0.95), 0.1, name)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     begun.restore(model, optimizer, scaler, team)

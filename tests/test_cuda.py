@@ -37,7 +37,7 @@ from formats import checkpoint, pack
 from making import compiled, scoring
 from model import GPT, GPTConfig
 from plan import fit, memory, report
-from run import cards, compiling, machine, microbatch, team
+from run import cards, compiling, int8, machine, microbatch, team
 from run import script as scripts
 from run.gpu import missing_kernels, unused_gpu
 from run.machine import choose_attention
@@ -308,7 +308,7 @@ def test_ids_are_widened_on_the_gpu_as_on_the_cpu(narrow, numpy):
         assert x.dtype == y.dtype == torch.int64 and x.shape == (2, 16) and x.is_cuda
 
 
-@enters("machine.select_dtype", "compiling.why_not_compile", "cards.peak_flops")
+@enters("machine.select_dtype", "compiling.why_not_compile", "cards.card_of")
 @enters("machine.describe", "machine.tune", "machine.release_memory")
 @enters("fit.free_memory", "fit.room_of")
 def test_what_is_asked_of_a_card(gpu, monkeypatch):
@@ -996,6 +996,51 @@ def test_key_heads_are_copied_where_only_that_is_fused(monkeypatch):
             assert model(fake_ids(1, 8))[0].shape == (1, 1, 320)
 
 
+# ---------------------------------------------------------------- int8
+
+
+@enters("int8.why_not", "int8.check")
+def test_a_card_learns_in_int8_from_ampere_on_with_triton(gpu, monkeypatch, capsys):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(int8.importlib.util, "find_spec", lambda name: object())
+    int8.check("int8", device, "auto")
+    assert capsys.readouterr().out == "", "an RTX 3090 has four times the rate"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    int8.check("int8", device, "auto")
+    assert "the A100 has 2 times the rate" in capsys.readouterr().out
+    monkeypatch.setattr(int8.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs Triton: pip install triton; leave it out"):
+        int8.check("int8", device, "auto")
+    int8.check("auto", device, "auto")
+    gpu.capability = (7, 5)
+    with pytest.raises(ValueError, match=r"from compute capability 8\.0 on, .*, not 7\.5"):
+        int8.check("int8", device, "auto")
+
+
+@enters("int8.begin")
+def test_the_tiles_of_each_product_are_chosen_before_the_first_step(gpu, monkeypatch, capsys):
+    asked, real = set(), int8.int8_product
+
+    def product(a, b, a_scale, b_scale, dtype):
+        asked.add((len(b), a.size(1), dtype))
+        return real(a, b, a_scale, b_scale, dtype)
+
+    monkeypatch.setattr(int8, "int8_product", product)
+    with fake_cuda():
+        int8.begin("int8", fake_model(), torch.bfloat16)
+    shapes = {(64, 64), (32, 64), (64, 32), (96, 64), (64, 96)}
+    assert asked == {(n, k, torch.bfloat16) for n, k in shapes}
+    assert gpu.current[-1] == "empty" and "tiles of 5 products chosen" in capsys.readouterr().out
+
+
+def test_a_step_on_cuda_takes_int8_products():
+    with fake_cuda(), torch.autocast("cuda", torch.bfloat16):
+        model = fake_model().train()
+        int8.learn_in_int8(model)
+        logits, loss = model(fake_ids(2, 16), fake_ids(2, 16))
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+
+
 # ---------------------------------------------------------------- plans, saving, compiling
 
 
@@ -1018,7 +1063,7 @@ def test_a_run_keeps_what_its_card_has_room_for(gpu, monkeypatch, capsys):
     monkeypatch.setattr(fit, "why_not_compile", lambda device: "")
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     settings = {"compile": "auto", "activation_checkpointing": False, "optimizer": "adamw"}
-    settings["parallel"] = "ddp"
+    settings |= {"parallel": "ddp", "matmul_dtype": "auto"}
 
     def saved(needed, before=0, where=where, settings=settings, ranks=1):
         """The level of a run of which one before the resume had `before`."""

@@ -213,6 +213,7 @@ def test_the_verdict_of_several_cards_is_theirs(script, tmp_path, monkeypatch):
 
 def test_how_a_run_is_shared_out():
     settings = {"compile": "False", "activation_checkpointing": False, "optimizer": "adamw"}
+    settings["matmul_dtype"] = "auto"
     here = machine.Machine(torch.device("cpu"), torch.float32, "")
     shards = {
         parallel: fit.training_of(

@@ -471,8 +471,7 @@ def test_a_start_from_scratch_is_the_model_as_set(tmp_path):
     assert source_of("auto", tmp_path) == "scratch" and source_of("x.pt", tmp_path) == "x.pt"
     start = find_start("scratch", tmp_path, SIZE, 4).shared(Team(), sharded=False)
     assert (start.config, start.origin, start.resumed) == (SIZE, "scratch", False)
-    torch.manual_seed(0)
-    model = start.build(rank=0)
+    model = start.build(0, seed=0)
     assert all(p.std() > 0 for p in model.parameters() if p.dim() > 1)
 
 
@@ -494,7 +493,7 @@ def test_a_start_from_a_checkpoint_keeps_its_sizes(tmp_path):
     start = find_start(str(tmp_path / "ckpt_7.pt"), tmp_path, other, 4)
     assert not start.resumed and start.state == TrainState()
     assert start.config.max_position_embeddings == 8, "may be cut"
-    again = start.build(rank=0)
+    again = start.build(0, seed=0)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
@@ -521,7 +520,7 @@ def test_a_run_from_a_checkpoint_does_not_replace_it(tmp_path, monkeypatch):
 def test_other_ranks_do_not_draw_weights(tmp_path):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    Start(SIZE).build(rank=1)
+    Start(SIZE).build(1, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 

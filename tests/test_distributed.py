@@ -411,6 +411,22 @@ def test_muon_on_ranks_and_shards_makes_the_same_run(flags, tmp_path, ranks, mor
     assert_same_run(again, whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--parallel=fsdp"], SHARDED])
+def test_int8_on_ranks_and_shards_learns_the_same(flags, tmp_path, more):
+    """Nearly: a last bit that differs may move a number to the next of 255 levels."""
+    flags = [*flags, "--matmul_dtype=int8"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    command = [sys.executable, str(ROOT / "train.py"), *flags, f"--out_dir={whole}"]
+    subprocess.run(command, check=True, capture_output=True)
+    must(torchrun(2, *flags, *more, out=out))
+    again = (cut_shards if more == SHARDED else cut)(out, tmp_path / "again")
+    must(torchrun(1, *flags, "--init_from=resume", out=again))
+    want = list(losses(whole).values())
+    for folder in (out, again):
+        assert list(losses(folder).values()) == pytest.approx(want, abs=2e-3)
+
+
 WRITTEN = """
 import signal
 from formats import sharded

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from making import scoring
 from model import GPT, IGNORE_INDEX, GPTConfig
-from run import cards, machine
+from run import cards, int8, machine
 from run.machine import choose_attention
 from text.batches import TrainLoader, TrainOrder, host_tensor
 from text.tokens import TokenData
@@ -194,3 +194,44 @@ def test_loss_and_gradients_are_those_of_a_cpu(where, heads, few):
     for name, number in theirs.items():
         assert number.norm() > 0
         assert (mine[name] - number).norm() < 1e-4 * number.norm(), name
+
+
+@pytest.fixture
+def kernel(where):
+    """Of the int8 product; skips on a card that has none."""
+    if why := int8.why_not(where, None):
+        pytest.skip(why)
+    return int8.int8_product
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(4096, 2560, 1024), (100, 256, 2560), (1, 33, 1041), (777, 64, 64)]
+)
+def test_an_int8_product_has_the_bits_of_a_cpu(where, kernel, dtype, rows, n, k):
+    torch.manual_seed(0)
+    a, b = (torch.randint(-127, 128, (r, k), dtype=torch.int8) for r in (rows, n))
+    scales = torch.rand(rows, 1), torch.rand(n, 1)
+    wanted = int8.int8_product(a, b, *scales, dtype)
+    found = kernel(a.to(where), b.to(where), *(s.to(where) for s in scales), dtype)
+    assert found.device == where and torch.equal(found.cpu(), wanted)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_learning_in_int8_is_that_of_a_cpu(where, kernel, compiled):
+    """Nearly: a number at the border between two levels may fall on either side."""
+    torch.manual_seed(0)
+    model = GPT(size(4, 2))
+    int8.learn_in_int8(model)
+    x = torch.randint(320, (4, 128))
+
+    def numbers(device, compiled):
+        there = copy.deepcopy(model).to(device)
+        choose_attention(there, torch.float32)
+        net = torch.compile(there, fullgraph=True) if compiled else there
+        loss = net(x.to(device), x.to(device), loss_only=True)[1]
+        loss.backward()
+        return [loss.detach().cpu(), *(p.grad.cpu() for p in there.parameters())]
+
+    pairs = zip(numbers(where, compiled), numbers("cpu", False), strict=True)
+    assert all((mine - theirs).norm() < 1e-2 * theirs.norm() for mine, theirs in pairs)

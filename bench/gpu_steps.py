@@ -328,8 +328,9 @@ def int8_product(rows: int, n: int, k: int, device: torch.device) -> tuple[bool,
     a, b = (torch.randint(-127, 128, (r, k), generator=draw, dtype=torch.int8) for r in (rows, n))
     scales = [torch.rand(r, 1, generator=draw) for r in (rows, n)]
     there = [t.to(device) for t in (a, b, *scales)]
-    found = int8.int8_product(*there, torch.float32)[-CHECKED_ROWS:].cpu()
+    found = int8.int8_product(*there, torch.bfloat16)[-CHECKED_ROWS:].cpu()
     wanted = (a[-CHECKED_ROWS:].long() @ b.long().t()).float() * scales[0][-CHECKED_ROWS:]
+    wanted = (wanted * scales[1].t()).bfloat16()
     wide = [t.bfloat16() for t in there[:2]]
 
     def quickest(work: Callable[[], object]) -> float:
@@ -337,7 +338,7 @@ def int8_product(rows: int, n: int, k: int, device: torch.device) -> tuple[bool,
         return min(seconds(device, work) for _ in range(10))
 
     mine = quickest(lambda: int8.int8_product(*there, torch.bfloat16))
-    return torch.equal(found, wanted * scales[1].t()), mine, quickest(lambda: wide[0] @ wide[1].t())
+    return torch.equal(found, wanted), mine, quickest(lambda: wide[0] @ wide[1].t())
 
 
 def int8_training(setup: Setup) -> None:
@@ -357,16 +358,13 @@ def int8_training(setup: Setup) -> None:
     emit(*words, checks={"exact": exact}, tops_and_times_bfloat16=speeds)
     more: Figures = {"tokens_per_step": TOKENS, "lr_decay_iters": UPDATES, "matmul_dtype": "int8"}
     f, theirs_of = train_config(setup, "train_gpt", INT8_UPDATES, **more), of_reference(setup)
-    if not theirs_of.get("losses"):
-        return
-    shared = min(len(theirs_of["losses"]), len(f["losses"]))
-    gap = abs(theirs_of["losses"][shared - 1] - f["losses"][shared - 1])
-    emit(
-        f"{f['tokens_per_s'] / theirs_of['tokens_per_s']:.2f} of step {REFERENCE}'s speed",
-        f"losses differ by {gap:.1e} after {shared} updates",
-        checks={f"within {INT8_GAP} of step {REFERENCE}'s loss": gap <= INT8_GAP},
-        gap=gap,
-    )
+    if isinstance(speed := theirs_of.get("tokens_per_s"), float | int):
+        emit(f"{f['tokens_per_s'] / speed:.2f} of step {REFERENCE}'s speed")
+    pairs = list(zip(f["losses"], theirs_of.get("losses", ()), strict=False))[-1:]
+    for ours, theirs in pairs:
+        gap = abs(ours - theirs) if isinstance(theirs, float) else math.nan  # NaN is a text there
+        within = {f"within {INT8_GAP} of step {REFERENCE}'s loss": gap <= INT8_GAP}
+        emit(f"the last losses differ by {gap:.1e}", checks=within, gap=gap)
 
 
 def beside_others(setup: Setup) -> None:
@@ -404,21 +402,21 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step("machine", 8, speeds),
-    Step("tests/gpu", 30, gpu_tests),
-    Step("reference", 100, reference),
+    Step("machine", 14, speeds),
+    Step("tests/gpu", 36, gpu_tests),
+    Step("reference", 113, reference),
     Step("out of memory", 25, out_of_memory),
     Step("resume", 42, resume),
     Step("uncompiled", 30, uncompiled),
     Step("activation checkpointing", 75, recomputed),
-    Step("float16", 14, loss_scaling),
-    Step("decoding", 74, decode),
-    Step("evaluation", 9, evaluation),
+    Step("float16", 18, loss_scaling),
+    Step("decoding", 80, decode),
+    Step("evaluation", 17, evaluation),
     Step("torchrun", 28, torchrun),
-    Step("12 layers", 63, half_depth),
+    Step("12 layers", 67, half_depth),
     Step("cuDNN, profile", 35, profiled),
     Step("beside others", 150, beside_others),
-    Step("int8", 65, int8_training),
+    Step("int8", 140, int8_training),
 )
 TESTS = 1  # this step runs last, in the time that is left
 CUDNN = 12  # in this one cuDNN's attention is allowed, which data centres' cards take

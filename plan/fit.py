@@ -70,6 +70,8 @@ def sharded(training: Training, batch: int, windows: int) -> dict[str, float]:
     gathered = 8 * rest + 2 * (2 * width + 4) * layer
     if batch < windows:
         gathered = 8 * rest + (width + 4) * layers
+    if training.matmul_dtype == "int8":
+        gathered += layers  # whole until the backward pass
     used = {p: parts[p] for p in (memory.ACTIVATIONS, memory.LOGITS, memory.WORKSPACE)}
     state = memory.states(training.config, training.optimizer, training.dtype)
     kept = 4 * total + state[memory.OPTIMIZER]
@@ -179,7 +181,7 @@ def training_of(
         optimizer=settings["optimizer"],
         ranks=ranks,
         shards={"ddp": 1, "hsdp": local_ranks}.get(settings["parallel"], ranks),
-        matmul=settings["matmul_dtype"],
+        matmul_dtype=settings["matmul_dtype"],
     )
 
 

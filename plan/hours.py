@@ -21,6 +21,7 @@ from run import cards, muon, optim
 
 PRODUCTS, INT8, ATTENTION, LOOPS = "products", "int8", "attention", "loops"
 KERNEL_S = 5e-6  # of a CPU's work to launch a kernel, assumed: a small model's GPU waits for it
+OPERATOR = 10  # launches that a call of an operator of ours takes as long as, in Python; assumed
 NODE = 8  # cards in one machine, assumed
 UNCOMPILED = 3.5  # times as long as compiled, measured once, on an H200
 # Bytes of a parameter that an update moves: the norm of its gradient, the clipped gradient, and
@@ -42,7 +43,7 @@ class Kernel:
     def seconds(self, card: cards.Card, dtype: torch.dtype) -> float:
         """On a card: it computes while it reads."""
         reach = cards.reach_of(card, dtype)
-        shares = {PRODUCTS: reach.products, ATTENTION: reach.attention, INT8: cards.INT8}
+        shares = {PRODUCTS: reach.products, ATTENTION: reach.attention, INT8: reach.int8}
         share = self.share * shares.get(self.kind, 1.0)
         computes = self.flops / (share * card.peak(torch.int8 if self.kind == INT8 else dtype))
         return max(computes, self.nbytes / (reach.bandwidth * card.bandwidth))
@@ -75,7 +76,7 @@ def kernel_of(name: str, shapes: list[torch.Size], nbytes: float, grown: float) 
     if "attention" in name:
         return Kernel(ATTENTION, flops, nbytes, cards.BACKWARD if "backward" in name else 1.0)
     if name == "int8_product":
-        return Kernel(INT8, flops, nbytes)
+        return Kernel(INT8, flops, nbytes, count=OPERATOR)
     return Kernel(PRODUCTS if flops else LOOPS, flops, nbytes)
 
 

@@ -55,7 +55,7 @@ class Training:
     saving: int = 1  # compiled, see machine.save_memory
     ranks: int = 1  # processes, of a device each
     shards: int = 1  # ranks that weights, gradients and moments are spread over; 1: DDP
-    matmul: str = "auto"  # the setting matmul_dtype
+    matmul_dtype: str = "auto"  # of the blocks' linear layers; or int8
 
     @property
     def chooses(self) -> bool:
@@ -191,7 +191,7 @@ def fake_model(training: Training) -> tuple[GPT, Tensor]:
     """The model and a batch for it; call it inside a FakeTensorMode."""
     model = GPT(training.config)
     model.activation_checkpointing = training.checkpointing
-    if training.matmul == "int8":
+    if training.matmul_dtype == "int8":
         int8.learn_in_int8(model)
     shape = (probe(training.config), training.config.max_position_embeddings)
     return model, torch.zeros(shape, dtype=torch.int64)

@@ -133,7 +133,7 @@ def timed_step(
     tune(device)
     model = GPT(training.config).to(device)
     model.activation_checkpointing = training.checkpointing
-    int8.begin(training.matmul, model, training.dtype)
+    int8.begin(training.matmul_dtype, model, training.dtype)
     rates = 1e-4, (0.9, 0.95), 0.1
     optimizer = configure_optimizer(model, *rates, training.optimizer, training.dtype)
     shape = (batch, training.config.max_position_embeddings)
@@ -186,7 +186,7 @@ def rate_lines(training: Training, batch: int, card: cards.Card) -> Iterator[str
     int8_peak = f"{card.peak(torch.int8) / 1e12:g} TOPS"
     rows = (
         ("products", times.products, reach.products, peak, source),
-        ("int8", times.int8, cards.INT8, int8_peak, "assumed"),
+        ("int8", times.int8, reach.int8, int8_peak, "assumed"),
         ("attention", times.attention, reach.attention, peak, "assumed"),
         ("loops", times.loops, reach.bandwidth, f"{card.gb_per_s:g} GB/s", reach.bandwidth_source),
     )

@@ -19,6 +19,11 @@ class Reach:
     source: str  # of the first
     bandwidth_source: str = "assumed"
 
+    @property
+    def int8(self) -> float:
+        """Of products in int8, of their own peak: no larger share than others reach; assumed."""
+        return min(INT8_REACH, self.products)
+
 
 GUESS = Reach(0.7, 0.5, 0.9, "a guess")
 KNOWN = {
@@ -29,7 +34,7 @@ KNOWN = {
 SAME_CHIP = dict.fromkeys(("H100 80GB", "H100 NVL", "H100 PCIe"), "H200")
 # Products of narrower models, and of fewer tokens at once, keep no card busy
 LEAST_WIDTH, LEAST_TOKENS = 768, 4096
-INT8 = 0.56  # of the int8 rate that products reach, assumed: 160 of an RTX 3090's 284 TOPS
+INT8_REACH = 0.56  # of the int8 rate, by products, assumed: 160 of an RTX 3090's 284 TOPS
 WORKSTATION = ("RTX 6000 Ada", "RTX A6000")  # called RTX, too
 
 

@@ -1,7 +1,8 @@
-"""int8 products for training: the blocks' linear layers at the rate that GeForce cards have for it.
+"""Training with products in int8, at the rate that GeForce cards have for it.
 
-Each row of the operands has a scale, as in torchao's int8 training. The output and the input's
-gradient are multiplied in int8. The weight's gradient, a sum over all tokens, is not.
+Dynamic quantization: each row of the operands has a scale, as in torchao's int8 training. The
+blocks' linear layers multiply their output and their input's gradient in int8. The weight's
+gradient, a sum over all tokens, stays in the type of the other products.
 """
 
 import importlib.util
@@ -16,12 +17,14 @@ from model import GPT, compute_dtype
 from run import cards
 from run.log import say
 from run.machine import release_memory
+from text.files import named_reason
 
 LEAST_SCALE = 1e-30  # of a row of zeros
+MOST_TERMS = 2**31 // 127**2  # of a sum that int32 holds
 ROWS = 8192  # tokens for which the fastest tiles are chosen
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (R, C) -> int8 (R, C) and scales (R, 1) float32, whose product is within half a scale of x.
 
     Where a number of a row is not finite its scale is not, so a product with it is not, either.
@@ -60,7 +63,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """x (R, K), of the type that products have, weight (N, K) -> (R, N) as x."""
-        (a, a_scale), (w, w_scale) = quantize(x), quantize(weight)
+        (a, a_scale), (w, w_scale) = quantize_rows(x), quantize_rows(weight)
         ctx.save_for_backward(x, w, w_scale)
         ctx.dtype = weight.dtype
         y: Tensor = int8_product(a, w, a_scale, w_scale, x.dtype)
@@ -73,13 +76,13 @@ class Product(torch.autograd.Function):
         The weight's scales go into grad, so that its int8 numbers are those of the forward pass.
         """
         x, w, w_scale = ctx.saved_tensors
-        g, g_scale = quantize(grad.float() * w_scale.t())
+        g, g_scale = quantize_rows(grad.float() * w_scale.t())
         ones = torch.ones_like(w_scale[:1]).expand(w.size(1), 1)
         dx = int8_product(g, w.t().contiguous(), g_scale, ones, x.dtype)
         return dx, (grad.t() @ x).to(ctx.dtype)
 
 
-class Int8Linear(nn.Linear):
+class DynamicInt8Linear(nn.Linear):
     """A linear layer that learns in int8. What it has learned is used as any other's."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -93,10 +96,17 @@ class Int8Linear(nn.Linear):
 
 
 def learn_in_int8(model: GPT) -> None:
-    """Have the blocks' linear layers learn in int8. Parameters and their names stay."""
+    """Have the blocks' linear layers learn in int8. Parameters and their names stay.
+
+    Raises ValueError for layers so wide that int32 does not hold their sums.
+    """
     for module in model.layers.modules():
         if isinstance(module, nn.Linear):
-            module.__class__ = Int8Linear
+            if (most := max(module.in_features, module.out_features)) > MOST_TERMS:
+                raise ValueError(
+                    f"int8 takes layers of at most {MOST_TERMS:,} numbers, not {most:,}"
+                )
+            module.__class__ = DynamicInt8Linear
 
 
 def shapes_of(model: GPT) -> list[tuple[int, ...]]:
@@ -114,9 +124,9 @@ def why_not(device: torch.device, card: cards.Card | None) -> str:
         return "there is no kernel for mps"
     if device.type == "cpu":
         return ""
-    needed = "Triton has int8 products from compute capability 8.0 on, as of an RTX 30"
+    needed = "Triton needs compute capability 8.0 for it, an RTX 30 or newer"
     if card:
-        return "" if card.int8_times else f"{needed}, which a {card.name} has not"
+        return "" if card.int8_times else f"{needed}, not a {card.name}"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"{needed}, not {major}.{minor}"
@@ -136,13 +146,15 @@ def check(wanted: str, device: torch.device, compiled: str, card: cards.Card | N
     if device.type == "cpu":
         text = "gains nothing on a CPU: it is made for GeForce cards"
     elif compiled.lower() == "false":
-        text = "is slower without torch.compile; write --compile=auto"
+        text = "gains little without torch.compile; write --compile=auto"
     elif card and card.int8_times < 4:
         name = cards.short_name(card.name)
         text = (
             f"may gain nothing: for it the {name} has {card.int8_times} times the rate of 16 bits, "
             "a GeForce card 4 times"
         )
+    elif not card and "GeForce" not in (name := torch.cuda.get_device_name(device)):
+        text = f"may gain nothing: the rate that a {name} has for it is not known"
     if text:
         say(f"WARNING  matmul_dtype={wanted} {text}")
 
@@ -151,6 +163,7 @@ def begin(wanted: str, model: GPT, dtype: torch.dtype) -> None:
     """Have a model, on its device, learn as matmul_dtype says.
 
     On a GPU the tiles of its products are chosen now, by time, while there is memory for it.
+    Raises ValueError when that fails.
     """
     if wanted == "auto":
         return
@@ -159,8 +172,12 @@ def begin(wanted: str, model: GPT, dtype: torch.dtype) -> None:
     if device.type != "cuda":
         return
     shapes = shapes_of(model)
-    for n, k in shapes:
-        a, b = (torch.zeros(rows, k, dtype=torch.int8, device=device) for rows in (ROWS, n))
-        int8_product(a, b, a[:, :1].float(), b[:, :1].float(), dtype)
+    try:
+        for n, k in shapes:
+            a, b = (torch.zeros(rows, k, dtype=torch.int8, device=device) for rows in (ROWS, n))
+            int8_product(a, b, a[:, :1].float(), b[:, :1].float(), dtype)
+    except Exception as e:  # whatever a compiler or a driver may raise
+        why = named_reason(e)[:120]
+        raise ValueError(f"matmul_dtype={wanted!r} fails here ({why}); leave it out") from e
     release_memory(device)
     say(f"int8     tiles of {len(shapes)} products chosen in {time.perf_counter() - begun:.0f} s")

@@ -1008,12 +1008,16 @@ def test_a_card_learns_in_int8_from_ampere_on_with_triton(gpu, monkeypatch, caps
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     int8.check("int8", device, "auto")
     assert "the A100 has 2 times the rate" in capsys.readouterr().out
+    for name, known in (("NVIDIA GeForce RTX 3080 Laptop GPU", True), ("NVIDIA B200", False)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        int8.check("int8", device, "auto")
+        assert ("the rate that a NVIDIA B200 has" in capsys.readouterr().out) != known
     monkeypatch.setattr(int8.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs Triton: pip install triton; leave it out"):
         int8.check("int8", device, "auto")
     int8.check("auto", device, "auto")
     gpu.capability = (7, 5)
-    with pytest.raises(ValueError, match=r"from compute capability 8\.0 on, .*, not 7\.5"):
+    with pytest.raises(ValueError, match=r"needs compute capability 8\.0 .*, not 7\.5; leave"):
         int8.check("int8", device, "auto")
 
 
@@ -1031,6 +1035,9 @@ def test_the_tiles_of_each_product_are_chosen_before_the_first_step(gpu, monkeyp
     shapes = {(64, 64), (32, 64), (64, 32), (96, 64), (64, 96)}
     assert asked == {(n, k, torch.bfloat16) for n, k in shapes}
     assert gpu.current[-1] == "empty" and "tiles of 5 products chosen" in capsys.readouterr().out
+    monkeypatch.setattr(int8, "int8_product", mock.Mock(side_effect=RuntimeError("no gcc")))
+    with fake_cuda(), pytest.raises(ValueError, match="fails here .*no gcc.*; leave it out"):
+        int8.begin("int8", fake_model(), torch.bfloat16)
 
 
 def test_a_step_on_cuda_takes_int8_products():

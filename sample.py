@@ -9,11 +9,11 @@ from run import interrupt
 if __name__ == "__main__":  # the other imports take seconds
     interrupt.take(interrupt.end)
 
-import itertools
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 # Before torch loads OpenMP, as in train.py: beside another program text then comes much faster.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -54,6 +54,10 @@ quantize = ""  # int8: weights in 8 bits, on a CPU; the rest is in dtype; empty 
 compile = False  # compile a token's step; 303M: a minute for each length of cache, later seconds
 
 
+BATCH = 8  # texts that are made at once, of one prompt
+LINE = "-" * 40 + "\n"
+
+
 def read_prompt(text: str) -> str:
     """`text`, or the UTF-8 contents of the file that FILE:path names.
 
@@ -82,26 +86,52 @@ def prompt_ids(tok: Tokenizer, text: str, model: GPT) -> list[int]:
     return ids
 
 
-def write(pieces: Iterator[torch.Tensor], tok: Tokenizer) -> int:
-    """Print a row of tokens as text as they come, up to one that ends it; how many there were."""
-    decoder = StreamDecoder(tok)
-    count = 0
-    try:
-        for token in pieces:
-            number = int(token)  # waits for the device
-            if number in tok.ends:
-                break
-            count += 1
-            put(decoder.push(number))
-    finally:
-        put(decoder.flush() + "\n")
-    return count
+class Writer:
+    """Prints rows of tokens as texts, one after the other: the first as it comes."""
+
+    def __init__(self, tok: Tokenizer, heads: Sequence[str]) -> None:
+        self.tok, self.count = tok, 0
+        self.decoders = [StreamDecoder(tok) for _ in heads]
+        self.waiting = list(heads)  # what is to be printed of each, with what stands before it
+        self.going = set(range(len(heads)))
+        self.at = 0  # the text that is being printed
+        self.print()
+
+    def push(self, tokens: Sequence[int]) -> None:
+        """One more token of each row; a row takes no more after one that ends it."""
+        for row in sorted(self.going):
+            if tokens[row] in self.tok.ends:
+                self.end(row)
+            else:
+                self.count += 1
+                self.waiting[row] += self.decoders[row].push(tokens[row])
+        self.print()
+
+    def end(self, row: int) -> None:
+        self.going.remove(row)
+        self.waiting[row] += self.decoders[row].flush() + "\n"
+
+    def print(self) -> None:
+        """What can be shown by now."""
+        while True:
+            put(self.waiting[self.at])
+            self.waiting[self.at] = ""
+            if self.at in self.going or self.at + 1 == len(self.waiting):
+                return
+            self.at += 1
+
+    def close(self) -> None:
+        """No more tokens come."""
+        for row in sorted(self.going):
+            self.end(row)
+        self.print()
 
 
-def prompts() -> Iterator[str]:
-    """The prompts to answer: `start` num_samples times, or what is typed."""
+def prompts() -> Iterator[tuple[str, int]]:
+    """The prompts to answer and in how many texts: `start`, or what is typed."""
     if not interactive:
-        yield from itertools.repeat(read_prompt(start), num_samples)
+        for first in range(0, num_samples, BATCH):
+            yield read_prompt(start), min(BATCH, num_samples - first)
         return
     print("a prompt and Enter; an empty line ends", file=sys.stderr)
     while True:
@@ -109,7 +139,7 @@ def prompts() -> Iterator[str]:
         line = sys.stdin.readline().rstrip("\n")
         if not line:
             return
-        yield line
+        yield line, 1
 
 
 def prepare(model: GPT, machine: Machine) -> None:
@@ -125,11 +155,11 @@ def prepare(model: GPT, machine: Machine) -> None:
         use_huge_pages(model)
 
 
-def compile_for(model: GPT, length: int) -> bool:
-    """Compile the step that makes a token, for a cache of `length`; says how that went."""
+def compile_for(model: GPT, length: int, rows: int) -> bool:
+    """Compile the step that makes a token a row, for a cache of `length`; says how that went."""
     print(f"compiling for a cache of {length} tokens: ", end="", file=sys.stderr, flush=True)
     t0 = time.perf_counter()
-    problem = compile_decode(model, length)
+    problem = compile_decode(model, length, rows)
     took = f"done in {time.perf_counter() - t0:.0f} s"
     print(f"failed, going on without ({problem})" if problem else took, file=sys.stderr)
     return not problem
@@ -170,22 +200,22 @@ def main() -> None:
 
     generator = torch.Generator(machine.device).manual_seed(seed)
     made, took_s = 0, 0.0
-    compiles, compiled = compile, set[int]()  # lengths of the cache
+    compiles, compiled = compile, set[tuple[int, int]]()  # lengths of the cache and rows
     if compile and (problem := why_not_compile(machine.device)):
         compiles = False
         print(f"not compiled: {problem}", file=sys.stderr)
-    for i, text in enumerate(prompts()):
+    greedy = temperature == 0 or top_k == 1
+    for i, (text, texts) in enumerate(prompts()):
         try:
-            if i and not interactive:
-                print("-" * 40)
-            ids = torch.tensor([prompt_ids(tok, text, model)], device=machine.device)
+            rows = 1 if greedy else texts  # of equal texts one is made
+            ids = torch.tensor([prompt_ids(tok, text, model)] * rows, device=machine.device)
             length = cache_length(
                 ids.size(1) + max_new_tokens, model.config.max_position_embeddings
             )
-            if compiles and length not in compiled:
-                compiles = compile_for(model, length)
-                compiled.add(length)
-            put(text)
+            if compiles and (length, rows) not in compiled:
+                compiles = compile_for(model, length, rows)
+                compiled.add((length, rows))
+            heads = [LINE * (i + row > 0 and not interactive) + text for row in range(texts)]
             t0 = time.perf_counter()
             tokens = stream(
                 model,
@@ -199,7 +229,12 @@ def main() -> None:
                 vocab_size=tok.vocab_size,
                 generator=generator,
             )
-            made += write(tokens, tok)
+            with contextlib.closing(Writer(tok, heads)) as writer:
+                for token in tokens:
+                    writer.push(token.expand(texts).tolist())  # waits for the device
+                    if not writer.going:
+                        break
+            made += writer.count * rows // texts
             took_s += time.perf_counter() - t0
         except KeyboardInterrupt:  # which ends an answer alone
             if not interactive:

@@ -17,8 +17,8 @@ FEW_ROWS = 64
 GRAPHS = 64  # of decode, in a process
 
 
-def compile_decode(model: Model, length: int) -> str:
-    """Compile model.decode, for a batch of one and texts of `length` tokens at once.
+def compile_decode(model: Model, length: int, batch: int = 1) -> str:
+    """Compile model.decode, for a batch and texts of `length` tokens at once.
 
     Other batches and lengths compile when they come, or by another call, up to 64 for all models
     of the process. Returns "", or why it failed: decode is then uncompiled, for every length.
@@ -52,9 +52,10 @@ def compile_decode(model: Model, length: int) -> str:
         compiled: Any = torch.compile(plain, **how)
         model.decode = decode  # type: ignore[method-assign]
         with torch.no_grad():
-            cache = model.new_cache(1, cache_length(length, model.config.max_position_embeddings))
-            zeros = torch.zeros(1, dtype=torch.int64, device=cache.keys[0].device)
-            model.decode(zeros[None], zeros.clone(), cache, zeros.clone())
+            context = model.config.max_position_embeddings
+            cache = model.new_cache(batch, cache_length(length, context))
+            zeros = torch.zeros(batch, dtype=torch.int64, device=cache.keys[0].device)
+            model.decode(zeros[:, None], zeros[:1].clone(), cache, zeros.clone())
     except Exception as e:  # whatever a compiler, a driver or a full disk may raise
         model.decode = plain  # type: ignore[method-assign]
         return named_reason(e)[:120]

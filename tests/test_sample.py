@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import sample
 from formats import checkpoint
 from model import GPT, GPTConfig
 from run import compiling
+from text.tokenizer import get_tokenizer
 
+LINE = "-" * 40 + "\n"
 SIZE = GPTConfig(
     vocab_size=320,  # 257 rounded up: the rows beyond must never be drawn
     hidden_size=32,
@@ -85,6 +88,46 @@ def test_greedy_texts_are_equal_and_longer_than_the_context(script, out):
     assert texts[0] == texts[1] and len(texts[0].encode()) >= 30
 
 
+@pytest.mark.parametrize("flag", ["--temperature=0", "--top_k=1"])
+def test_greedy_texts_are_what_they_are_alone(script, out, flag):
+    flags = [f"--out_dir={out}", "--start=ab", "--max_new_tokens=30", flag]
+    alone = script("sample.py", *flags, "--num_samples=1")
+    several = script("sample.py", *flags, "--num_samples=9")
+    assert several.out.split(LINE) == [alone.out] * 9
+    assert "60 tokens, " in several.err, "two batches, of each one text"
+
+
+def test_more_texts_than_a_batch_are_all_different(script, out):
+    flags = [f"--out_dir={out}", "--start=ab", "--num_samples=10", "--max_new_tokens=30"]
+    result = script("sample.py", *flags)
+    texts = result.out.split(LINE)
+    assert len(texts) == len(set(texts)) == 10 and all(t.startswith("ab") for t in texts)
+
+
+def rows_of(text):
+    """Columns of bytes, of texts that end with the byte tokenizer's end of text."""
+    ends = 256
+    width = max(map(len, text)) + 1
+    rows = [[*t.encode(), *[ends] * (width - len(t))] for t in text]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def test_texts_come_in_order_the_first_as_it_is_made(capsys):
+    tok = get_tokenizer("bytes")
+    writer = sample.Writer(tok, ["", "-", "+"])
+    seen = []
+    for tokens in rows_of(["abcd", "e", "fg"]):
+        writer.push(tokens)
+        seen.append(capsys.readouterr().out)
+    assert seen == ["a", "b", "c", "d", "\n-e\n+fg\n"]
+    assert not writer.going and writer.count == 7
+    writer = sample.Writer(tok, ["", "-"])
+    for tokens in rows_of(["a", "bcd"])[:3]:
+        writer.push(tokens)
+    writer.close()
+    assert capsys.readouterr().out == "a\n-bcd\n"
+
+
 def test_a_prompt_from_a_file(script, out, tmp_path):
     (tmp_path / "p.txt").write_text("naïve 世界", encoding="utf-8")
     flags = [f"--out_dir={out}", f"--start=FILE:{tmp_path / 'p.txt'}", "--max_new_tokens=3"]
@@ -139,7 +182,7 @@ def test_compiling_is_told_and_when_it_fails_the_text_comes_all_the_same(
     flags = [f"--out_dir={out}", "--start=ab", "--device=cpu", "--max_new_tokens=5"]
     result = script("sample.py", *flags, "--compile=True")
     assert result.code == 0 and result.out == script("sample.py", *flags).out
-    assert asked == [(24,)], "the cache's size, once for all texts"
+    assert asked == [(24, 3)], "the cache's size and the texts of a batch, once for all"
     assert (problem or "done in") in result.err
 
 
@@ -156,7 +199,8 @@ def test_after_a_length_that_fails_none_is_compiled(script, longer, typed, monke
 
     asked = []
 
-    def second_fails(model, length):
+    def second_fails(model, length, rows):
+        assert rows == 1
         asked.append(length)
         return "no" * (len(asked) == 2)
 

@@ -274,7 +274,8 @@ ALWAYS = """
     attention_bias mlp_bias max_iters optimizer learning_rate decay_lr weight_decay beta1 beta2
     grad_clip max_skipped skip_spike eval_interval eval_iters sample_prompt reference log_interval
     checkpoint_interval checkpoint_minutes keep_last milestone_interval time_limit
-    watchdog_minutes wandb_log device dtype compile deterministic activation_checkpointing dry_run
+    watchdog_minutes wandb_log device dtype matmul_dtype compile deterministic
+    activation_checkpointing dry_run
 """
 
 

@@ -130,8 +130,9 @@ class Writer:
 def prompts() -> Iterator[tuple[str, int]]:
     """The prompts to answer and in how many texts: `start`, or what is typed."""
     if not interactive:
+        text = read_prompt(start)
         for first in range(0, num_samples, BATCH):
-            yield read_prompt(start), min(BATCH, num_samples - first)
+            yield text, min(BATCH, num_samples - first)
         return
     print("a prompt and Enter; an empty line ends", file=sys.stderr)
     while True:

@@ -72,6 +72,11 @@ def seconds(device: torch.device, work: Callable[[], object]) -> float:
     return time.perf_counter() - t0
 
 
+def quickest(device: torch.device, work: Callable[[], object]) -> float:
+    """The shortest of ten times in seconds: the first ones compile, choose kernels and wake up."""
+    return min(seconds(device, work) for _ in range(10))
+
+
 def memory_figures(device: torch.device, reset: bool = False) -> Figures:
     """Bytes at the peak since the last reset: live tensors, the allocator's gaps, and the context.
 

@@ -34,6 +34,7 @@ from bench.gpu_probe import (
     driver,
     emit,
     memory_figures,
+    quickest,
     seconds,
     shortage,
 )
@@ -83,11 +84,11 @@ def speeds(setup: Setup) -> None:
     emit(f"{kernel} attention", checks={"flash attention": kernel == "flash"}, kernel=kernel)
     n = 256 if setup.tiny else 8192
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    tflops = 2 * n**3 / min(seconds(device, lambda: a @ a) for _ in range(10)) / 1e12
+    tflops = 2 * n**3 / quickest(device, lambda: a @ a) / 1e12
     emit(f"{tflops:.4g} TFLOP/s", tflops=tflops)
     block = torch.zeros(2**20 if setup.tiny else 2**29, device=device, dtype=torch.bfloat16)
     other = torch.empty_like(block)
-    speed = 2 * block.nbytes / min(seconds(device, lambda: other.copy_(block)) for _ in range(10))
+    speed = 2 * block.nbytes / quickest(device, lambda: other.copy_(block))
     emit(f"{speed / 1e9:.4g} GB/s", copy_gb_per_s=speed / 1e9)
 
 
@@ -332,13 +333,8 @@ def int8_product(rows: int, n: int, k: int, device: torch.device) -> tuple[bool,
     wanted = (a[-CHECKED_ROWS:].long() @ b.long().t()).float() * scales[0][-CHECKED_ROWS:]
     wanted = (wanted * scales[1].t()).bfloat16()
     wide = [t.bfloat16() for t in there[:2]]
-
-    def quickest(work: Callable[[], object]) -> float:
-        work()
-        return min(seconds(device, work) for _ in range(10))
-
-    mine = quickest(lambda: int8.int8_product(*there, torch.bfloat16))
-    return torch.equal(found, wanted), mine, quickest(lambda: wide[0] @ wide[1].t())
+    mine = quickest(device, lambda: int8.int8_product(*there, torch.bfloat16))
+    return torch.equal(found, wanted), mine, quickest(device, lambda: wide[0] @ wide[1].t())
 
 
 def int8_training(setup: Setup) -> None:

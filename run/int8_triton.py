@@ -59,12 +59,12 @@ def kernel(  # type: ignore[no-untyped-def]  # Triton would read types, too
 
 def product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As int8.int8_product."""
-    a, b, b_scale = a.contiguous(), b.contiguous(), b_scale.contiguous()
+    a, b, a_scale, b_scale = (t.contiguous() for t in (a, b, a_scale, b_scale))
     (M, K), N = a.shape, b.size(0)
     out = a.new_empty(M, N, dtype=dtype)
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(M, meta["ROWS"]) * triton.cdiv(N, meta["COLUMNS"]),)
 
-    kernel[grid](a, b, a_scale.contiguous(), b_scale, out, M, N, K, GROUP)
+    kernel[grid](a, b, a_scale, b_scale, out, M, N, K, GROUP)
     return out

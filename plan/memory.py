@@ -102,19 +102,13 @@ class Ledger:
         """Keep this moment."""
         self.moments.append(self.now.copy())
 
-    def segments(self, turn: int) -> list[Tensor]:
-        """The moments of the forward pass, which ends at `turn`, and of three parts of backward.
+    def passes(self, turn: int) -> tuple[Tensor, Tensor]:
+        """The moments of the forward pass, which ends at `turn`, and of the backward pass.
 
-        These are the loss and the head, until logits and their gradient are gone, and two halves
-        of the rest. Each (moments, 2 x parts) float64: fixed bytes, then bytes a window.
+        Each (moments, 2 x parts) float64: fixed bytes, then bytes a window.
         """
         moments = torch.tensor(self.moments, dtype=torch.float64)
-        i, last = PARTS.index(LOGITS), len(moments) - 1
-        there = (moments[turn:, i] + moments[turn:, i + len(PARTS)]).nonzero()
-        gone = min(last, turn + int(there[-1]) + 1) if len(there) else turn
-        half = max(gone + 1, (gone + last) // 2)
-        parts = [moments[:turn], moments[turn:gone], moments[gone:half], moments[half:]]
-        return [part if len(part) else moments[-1:] for part in parts]
+        return moments[:turn], moments[turn:]
 
     def part_of(self, t: Tensor, part: str) -> str:
         """`part`, or the logits' when the tensor has their size."""
@@ -234,8 +228,8 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             part[0] = to
 
 
-def trace_eager(training: Training) -> list[Tensor]:
-    """Moments of a micro-step run op by op, as Ledger.segments."""
+def trace_eager(training: Training) -> tuple[Tensor, Tensor]:
+    """Moments of a micro-step run op by op, as Ledger.passes."""
     ledger = Ledger(training.config)
     kind = training.device_type
     with FakeTensorMode(), attention_of(kind), uncompiled_on(kind):
@@ -259,7 +253,7 @@ def trace_eager(training: Training) -> list[Tensor]:
             ledger.note()
             turn = len(ledger.moments)
             torch.autograd.backward(loss)
-    return ledger.segments(turn)
+    return ledger.passes(turn)
 
 
 @functools.lru_cache(maxsize=8)
@@ -394,8 +388,8 @@ def bytes_of(n: fx.Node) -> int:
     return value.numel() * value.element_size()
 
 
-def trace_compiled(training: Training) -> list[Tensor]:
-    """Moments of a micro-step of the compiled graph, as Ledger.segments."""
+def trace_compiled(training: Training) -> tuple[Tensor, Tensor]:
+    """Moments of a micro-step of the compiled graph, as Ledger.passes."""
     forward, backward = captured(training)
     going, coming = Lifetimes(forward), Lifetimes(backward)
     inputs = [n for n in coming.nodes if n.op == "placeholder"]
@@ -423,11 +417,11 @@ def trace_compiled(training: Training) -> list[Tensor]:
     given = {*once.values(), *tangents}
     owned = {n for s, n in once.items() if s not in users}
     coming.book(ledger, parts, given, owned)
-    return ledger.segments(turn)
+    return ledger.passes(turn)
 
 
 @functools.lru_cache(maxsize=64)
-def trace(training: Training) -> list[Tensor]:
+def trace(training: Training) -> tuple[Tensor, Tensor]:
     """The moments of a training whose size is small enough to be traced as it is."""
     return (trace_compiled if training.compiled else trace_eager)(training)
 
@@ -456,26 +450,44 @@ def states(config: GPTConfig, optimizer: str, dtype: torch.dtype) -> dict[str, i
     return found | {WORKSPACE: sum(work)}
 
 
+def deeper(shallow: Tensor, deep: Tensor, more: int) -> Tensor:
+    """The moments of a pass that can be its peak, with `more` layers than the shallower of two.
+
+    Both are (moments, 2 x parts), of depths that differ by one. The deeper has the moments of a
+    layer more, beside those of its other layers: so what comes before is compared from the
+    beginning and the rest from the end. There what is in use grows with each layer by the same
+    amount, and in a layer between the two it lies between theirs.
+    """
+    n, layer = len(shallow), len(deep) - len(shallow)
+    steps, deep_steps = shallow.diff(dim=0), deep.diff(dim=0)
+    begin = (steps != deep_steps[: n - 1]).any(1).cumsum(0)  # steps before that are others
+    end = (steps != deep_steps[layer:]).any(1).cumsum(0)
+    others = begin + end[-1] - end  # wherever the further layer is thought to be
+    fewest = (others == others.min()).nonzero().flatten()
+    before = int(fewest[len(fewest) // 2]) + 1
+    aligned = torch.cat([deep[:before], deep[before + layer :]])
+    return shallow + more * (aligned - shallow)
+
+
 def at_peak(training: Training, batch: int) -> dict[str, float]:
     """Bytes by part at the moment of a training step, of so many windows, when most are in use.
 
-    The graph is traced at two depths. Its peaks in the forward pass, in the loss, in the half of
-    the layers' backward pass where activations are most, and in the half where gradients are most,
-    grow with each layer by the same amount.
+    The graph of a deep model is traced at two depths, and continued.
     """
     update = states(training.config, training.optimizer, training.dtype)
     fixed = dict(update, **{WORKSPACE: 0})
     if not training.accumulates:
         fixed[GRADIENTS] = 0  # the backward pass makes them
     layers = training.config.num_hidden_layers
-    depths = LAYERS if layers > max(LAYERS) else (layers,)
+    if layers in LAYERS or layers < min(LAYERS):
+        passes = trace(shallow(training, layers))
+    else:
+        few, one_more = (trace(shallow(training, d)) for d in LAYERS)
+        more = layers - LAYERS[0]
+        passes = deeper(few[0], one_more[0], more), deeper(few[1], one_more[1], more)
     candidates = [dict.fromkeys(PARTS, 0.0) | update]
-    for segments in zip(*(trace(shallow(training, d)) for d in depths), strict=True):
-        peaks = []
-        for moments in segments:
-            used = moments[:, : len(PARTS)] + batch * moments[:, len(PARTS) :]
-            peaks.append(used[used.sum(1).argmax()])
-        more = (layers - depths[0]) * (peaks[-1] - peaks[0])
-        parts = dict(zip(PARTS, (peaks[0] + more).tolist(), strict=True))
+    for moments in passes:
+        used = moments[:, : len(PARTS)] + batch * moments[:, len(PARTS) :]
+        parts = dict(zip(PARTS, used[used.sum(1).argmax()].tolist(), strict=True))
         candidates.append({p: parts[p] + fixed.get(p, 0) for p in PARTS})
     return max(candidates, key=lambda parts: sum(parts.values()))

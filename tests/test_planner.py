@@ -113,6 +113,31 @@ def test_memory_grows_with_batch_and_never_with_checkpointing():
     assert sum(memory.at_peak(saving, 8).values()) < sums[-1]
 
 
+def test_a_deeper_pass_has_its_peak_where_the_layers_have_it():
+    """A layer's backward pass, written out, gives 5 up, keeps 3, and takes work on the way."""
+
+    def moments(layers):
+        steps = [7.0, 100, -100, *[2.0, 20, -20, -5, 3 - 2] * layers, 4.0]
+        return 5 * layers + torch.tensor(steps, dtype=torch.float64).cumsum(0)[:, None]
+
+    for layers in (5, 12):
+        found = memory.deeper(moments(3), moments(4), layers - 3)
+        assert found.max() == moments(layers).max()
+        assert found[[0, -1]].equal(moments(layers)[[0, -1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("matmul_dtype", ["auto", "int8"])
+def test_planned_memory_is_that_of_the_whole_graph(matmul_dtype, monkeypatch):
+    """Seven layers continued from a few, and traced as they are; recomputed, loss in pieces."""
+    size = replace(SIZE, vocab_size=512, num_hidden_layers=7)
+    training = Training(size, torch.bfloat16, "cuda", True, True, True, saving=2)
+    training = replace(training, matmul_dtype=matmul_dtype)
+    found = [memory.at_peak(training, batch) for batch in (1, 80, 160)]
+    monkeypatch.setattr(memory, "LAYERS", (7, 8))
+    assert found == [memory.at_peak(training, batch) for batch in (1, 80, 160)]
+
+
 def test_the_smallest_change_that_fits():
     training = Training(SIZE, torch.float32, "cpu", False, False, True)
     full = fit.peak(training, 8, 24)

@@ -77,8 +77,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == self.weight.dtype else x.float()  # bfloat16 has 8 bits
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        same = x.dtype == self.weight.dtype  # else in float32: bfloat16 has 8 bits
+        wide, weight = (x, self.weight) if same else (x.float(), self.weight.float())
+        return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
 
 
 def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -164,7 +165,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nkv, T, hd)
-        cos, sin, mask, cache = at.cos.to(q.dtype), at.sin.to(q.dtype), at.mask, at.cache
+        cos, sin, mask, cache = at.cos, at.sin, at.mask, at.cache
         q = apply_rope(q, cos, sin).transpose(1, 2)  # (B, nh, T, hd), of q read once
         k = apply_rope(k, cos, sin).transpose(1, 2)  # (B, nkv, T, hd)
         if cache is not None and at.slots is not None:
@@ -188,7 +189,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **how)
         y = y.reshape(B, -1, T, self.head_dim)  # (B, nh, T, hd), of any strides before
         y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-        return F.dropout(y, self.dropout, self.training)
+        return F.dropout(y, self.dropout) if self.training else y
 
 
 class MLP(nn.Module):
@@ -196,8 +197,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.dropout = config.dropout
-        bias = config.mlp_bias
+        self.dropout, bias = config.dropout, config.mlp_bias
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
@@ -205,7 +205,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout) if self.training else x
 
 
 class Block(nn.Module):
@@ -256,8 +256,7 @@ class CrossEntropy(torch.autograd.Function):
         logits, targets, counts, lse = ctx.saved_tensors
         share = (counts * (grad / counts.sum()))[:, None]
         if torch.compiler.is_compiling():
-            found = slope(logits, lse[:, None], targets)
-            return (found * share).to(logits.dtype), None, None
+            return (slope(logits, lse[:, None], targets) * share).to(logits.dtype), None, None
         found = logits if ctx.spend else torch.empty_like(logits)
         for i in range(0, len(logits), ctx.rows):
             rows = slice(i, i + ctx.rows)
@@ -332,8 +331,9 @@ class GPT(nn.Module):
 
     def walk(self, x: Tensor, at: Positions) -> Tensor:
         """Through all layers, x (B, T, C) -> (B, T, C)."""
-        if compute_dtype(x) == torch.bfloat16:  # float16 would overflow
-            x = x.bfloat16()  # half the memory to move, for losses that agree (docs/speed.md)
+        dtype = compute_dtype(x)
+        x = x.bfloat16() if dtype == torch.bfloat16 else x  # half to move; float16 would overflow
+        at = at._replace(cos=at.cos.to(dtype), sin=at.sin.to(dtype))
         for block in self.layers:
             if self.activation_checkpointing and self.training:
                 again = self.config.dropout > 0  # drop the same values when computed anew

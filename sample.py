@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 # Before torch loads OpenMP, as in train.py: beside another program text then comes much faster.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -23,8 +24,9 @@ import torch
 from configurator import configure, refuse, settings_of
 from formats import pretrained
 from making.compiled import compile_decode, for_few_rows, use_huge_pages
+from making.graphs import record_decode
 from making.sampling import cache_length, check_sampling, stream
-from model import GPT
+from model import GPT, num_parameters
 from run import script
 from run.compiling import why_not_compile
 from run.gpu import unused_gpu
@@ -55,6 +57,8 @@ compile = False  # compile a token's step; 303M: a minute for each length of cac
 
 
 BATCH = 8  # texts that are made at once, of one prompt
+SMALL = 8_000_000  # parameters up to which a CPU makes a text sooner in float32 (docs/speed.md)
+THREAD_BYTES = 2**24  # of weights, for which a thread of a CPU is worth its waiting for the others
 LINE = "-" * 40 + "\n"
 
 
@@ -143,27 +147,49 @@ def prompts() -> Iterator[tuple[str, int]]:
         yield line, 1
 
 
-def prepare(model: GPT, machine: Machine) -> None:
-    """Bring the model to the device and its weights into the type that they are used in."""
+def prepare(model: GPT, machine: Machine) -> Machine:
+    """Bring the model to the device and its weights into the type that they are used in.
+
+    Returns the machine as it is used. A CPU has float32 for a small model, unless a type is set,
+    and as many threads as the weights are worth, unless OMP_NUM_THREADS is set.
+    """
+    on_cpu = machine.device.type == "cpu"
+    if on_cpu and dtype == "auto" and not compile and num_parameters(model) <= SMALL:
+        machine = replace(machine, dtype=torch.float32)
     if quantize:
         from making.int8 import quantize as to_int8
 
         to_int8(model)
     model.to(machine.device, machine.dtype)
     choose_attention(model, machine.dtype)
-    if machine.device.type == "cpu":
+    if on_cpu:
         for_few_rows(model)
-        use_huge_pages(model)
+        nbytes = use_huge_pages(model)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(min(torch.get_num_threads(), max(1, nbytes // THREAD_BYTES)))
+    return machine
 
 
-def compile_for(model: GPT, length: int, rows: int) -> bool:
-    """Compile the step that makes a token a row, for a cache of `length`; says how that went."""
+def compile_for(model: GPT, length: int, rows: int, cannot: str) -> bool:
+    """Compile the step that makes a token a row, for a cache of `length`; says how that went.
+
+    On a GPU it becomes one CUDA graph, compiled or not. cannot: why it cannot be compiled here.
+    Returns whether one of the two went well.
+    """
     print(f"compiling for a cache of {length} tokens: ", end="", file=sys.stderr, flush=True)
     t0 = time.perf_counter()
-    problem = compile_decode(model, length, rows)
+    problem = cannot or compile_decode(model, length, rows)
     took = f"done in {time.perf_counter() - t0:.0f} s"
-    print(f"failed, going on without ({problem})" if problem else took, file=sys.stderr)
-    return not problem
+    said, good = f"failed, going on without ({problem})" if problem else took, not problem
+    if model.embed_tokens.weight.is_cuda:
+        before = torch.cuda.memory_reserved()
+        problem = record_decode(model, length, rows)
+        nbytes = torch.cuda.memory_reserved() - before
+        graph = f"one CUDA graph of {nbytes / 2**20:.0f} MiB"
+        said += f", no CUDA graph ({problem})" if problem else f", {graph}"
+        good |= not problem
+    print(said, file=sys.stderr)
+    return good
 
 
 def check() -> None:
@@ -195,16 +221,22 @@ def main() -> None:
     path, model, tok, _, lines = pretrained.load(init_from, out_dir)
     for line in lines:
         print(line, file=sys.stderr)
-    prepare(model, machine)
+    machine = prepare(model, machine)
     kind = f"{quantize + ' and ' if quantize else ''}{machine.dtype}".replace("torch.", "")
     print(f"{path}, {tok.name} tokens, {kind}, {describe(machine.device)}", file=sys.stderr)
+    answer(model, tok, machine)
 
+
+@torch.inference_mode()
+def answer(model: GPT, tok: Tokenizer, machine: Machine) -> None:
+    """Print the texts of every prompt, and how fast they came."""
     generator = torch.Generator(machine.device).manual_seed(seed)
     made, took_s = 0, 0.0
     compiles, compiled = compile, set[tuple[int, int]]()  # lengths of the cache and rows
-    if compile and (problem := why_not_compile(machine.device)):
+    cannot = why_not_compile(machine.device) if compile else ""
+    if cannot and machine.device.type != "cuda":
         compiles = False
-        print(f"not compiled: {problem}", file=sys.stderr)
+        print(f"not compiled: {cannot}", file=sys.stderr)
     greedy = temperature == 0 or top_k == 1
     for i, (text, texts) in enumerate(prompts()):
         try:
@@ -214,7 +246,7 @@ def main() -> None:
                 ids.size(1) + max_new_tokens, model.config.max_position_embeddings
             )
             if compiles and (length, rows) not in compiled:
-                compiles = compile_for(model, length, rows)
+                compiles = compile_for(model, length, rows, cannot)
                 compiled.add((length, rows))
             heads = [LINE * (i + row > 0 and not interactive) + text for row in range(texts)]
             t0 = time.perf_counter()

@@ -26,11 +26,13 @@ def compile_decode(model: Model, length: int, batch: int = 1) -> str:
     settings must stay, and one thread at a time decodes: torch's switch for this is the process's.
     """
     plain = getattr(model.decode, "uncompiled", model.decode)
-    how: dict[str, Any] = {
-        "dynamic": False,
-        "fullgraph": True,  # past the limit an error: a plain call would be followed by one
-        "options": {"cpp.enable_floating_point_contract_flag": "fast"},  # one rounding
-    }
+    context = model.config.max_position_embeddings
+    cache = model.new_cache(batch, cache_length(length, context))
+    options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}  # one rounding
+    if cache.keys[0].is_cuda:
+        options["coordinate_descent_tuning"] = True  # one row times a weight becomes a loop
+    # fullgraph: past the limit an error; a plain call would be followed by one
+    how: dict[str, Any] = {"dynamic": False, "fullgraph": True, "options": options}
     # a graph for each length of the cache, batch and model: torch's own limit is 8; as an argument
     # of torch.compile it is not in torch 2.11
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
@@ -52,8 +54,6 @@ def compile_decode(model: Model, length: int, batch: int = 1) -> str:
         compiled: Any = torch.compile(plain, **how)
         model.decode = decode  # type: ignore[method-assign]
         with torch.no_grad():
-            context = model.config.max_position_embeddings
-            cache = model.new_cache(batch, cache_length(length, context))
             zeros = torch.zeros(batch, dtype=torch.int64, device=cache.keys[0].device)
             model.decode(zeros[:, None], zeros[:1].clone(), cache, zeros.clone())
     except Exception as e:  # whatever a compiler, a driver or a full disk may raise
@@ -72,13 +72,14 @@ class FewRowsLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., inputs) -> (..., outputs)."""
-        rows = x.reshape(-1, x.size(-1))
-        if len(rows) == 1 and torch.compiler.is_compiling():
-            y = dot(self.weight, rows).to(x.dtype)
-        elif len(rows) == 1 and x.dtype == self.weight.dtype == torch.bfloat16:
-            y = torch.mv(self.weight, rows[0])[None]
-        elif 1 < len(rows) <= FEW_ROWS:
-            y = (self.weight @ rows.t()).t().contiguous()  # as attention's kernel wants it
+        rows = x.numel() // x.size(-1)
+        if rows == 1 and torch.compiler.is_compiling():
+            y = dot(self.weight, x.reshape(1, -1)).to(x.dtype)
+        elif rows == 1 and x.dtype == self.weight.dtype == torch.bfloat16:
+            y = torch.mv(self.weight, x.reshape(-1))
+        elif 1 < rows <= FEW_ROWS:
+            xt = x.reshape(rows, -1).t()
+            y = (self.weight @ xt).t().contiguous()  # as attention's kernel wants it
         else:
             return F.linear(x, self.weight, self.bias)
         y = y if self.bias is None else y + self.bias
@@ -100,8 +101,10 @@ def for_few_rows(model: nn.Module) -> None:
             layer.__class__ = FewRowsLinear
 
 
-def use_huge_pages(model: torch.nn.Module) -> None:
+def use_huge_pages(model: torch.nn.Module) -> int:
     """Move a model's tensors on a CPU into one block and ask Linux for pages of 2 MiB for it.
+
+    Returns the bytes of the tensors.
 
     Each page of memory has to be looked up before it is read, and a token reads all weights once.
     The tensors then share one storage, which torch.save writes whole with any of them: for a model
@@ -114,10 +117,11 @@ def use_huge_pages(model: torch.nn.Module) -> None:
         block = mmap.mmap(-1, sum(sizes.values()) + HUGE_PAGE, flags=flags)
         block.madvise(mmap.MADV_HUGEPAGE)
     except (AttributeError, OSError):  # another system, or a kernel without
-        return
+        return sum(sizes.values())
     memory = torch.frombuffer(block, dtype=torch.uint8)
     start = -memory.data_ptr() % HUGE_PAGE
     for key, t in found.items():
         place = memory[start : start + t.nbytes].view(t.dtype).view(t.shape)
         t.data = place.copy_(t.detach())
         start += sizes[key]
+    return sum(sizes.values())

@@ -59,9 +59,11 @@ def stream(
     device, context = idx.device, model.config.max_position_embeddings
     ids = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
     pad = torch.zeros_like(idx[:, 0]) if lengths is None else T - lengths.to(device)
-    is_prompt = torch.arange(T, device=device) >= pad[:, None]  # (B, T)
-    counts = torch.zeros(B, model.config.vocab_size, dtype=torch.int32, device=device)
-    seen = counts.scatter_add_(1, idx, is_prompt.int()) > 0
+    seen = None
+    if repetition_penalty != 1:
+        is_prompt = torch.arange(T, device=device) >= pad[:, None]  # (B, T)
+        counts = torch.zeros(B, model.config.vocab_size, dtype=torch.int32, device=device)
+        seen = (counts.scatter_add_(1, idx, is_prompt.int()) > 0)[:, :vocab_size]
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     cache, start, token = None, -1, idx[:, -1]
@@ -85,12 +87,14 @@ def stream(
             top_p,
             min_p,
             repetition_penalty,
-            seen[:, :vocab_size],
+            seen,
             generator,
         )
-        token = torch.where(done, ids[:, n - 1], token)
+        if len(stops):
+            token = torch.where(done, ids[:, n - 1], token)
         ids[:, n] = token
-        seen.scatter_(1, token[:, None], True)
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
         yield token
         if len(stops):
             done |= torch.isin(token, stops)

@@ -192,7 +192,8 @@ def describe(device: torch.device) -> str:
     instructions = torch.backends.cpu.get_cpu_capability()
     if torch.cpu._is_amx_tile_supported():
         instructions += " and AMX"
-    return f"cpu, {torch.get_num_threads()} threads, {instructions}"
+    n = torch.get_num_threads()
+    return f"cpu, {n} thread{'s' * (n > 1)}, {instructions}"
 
 
 def most_saving(dtype: torch.dtype) -> int:

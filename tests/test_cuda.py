@@ -44,6 +44,7 @@ from run.machine import choose_attention
 from run.start import TrainState
 from text import batches
 from text.batches import TrainLoader, TrainOrder, eval_batches, split_windows
+from text.tokenizer import get_tokenizer
 from text.tokens import TokenData
 
 SIZE = GPTConfig(
@@ -976,6 +977,58 @@ def test_a_model_for_text_goes_to_the_gpu_as_it_is(gpu, monkeypatch):
     monkeypatch.setattr(sample, "quantize", "int8")
     with pytest.raises(ValueError, match="quantize must be int8, on a CPU"):
         sample.main()
+
+
+@enters("compiled.compile_decode")
+def test_a_row_times_a_weight_becomes_a_loop_of_the_gpu(monkeypatch):
+    """Inductor makes it one where it tunes kernels; on a CPU the option is left out."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **how: asked.append(how["options"]) or f)
+    with fake_cuda():
+        assert compiled.compile_decode(fake_model(), 40) == ""
+    assert compiled.compile_decode(GPT(SIZE), 40) == ""
+    assert [o.get("coordinate_descent_tuning", False) for o in asked] == [True, False]
+
+
+@enters("sample.compile_for")
+@pytest.mark.parametrize(
+    ("cannot", "fails", "unrecorded", "good", "said"),
+    [
+        ("", "", "", True, "done in 0 s, one CUDA graph of 3 MiB"),
+        ("", "", "no room", True, "done in 0 s, no CUDA graph (no room)"),
+        ("no triton", "", "", True, "going on without (no triton), one CUDA graph of 3 MiB"),
+        ("", "no luck", "no room", False, "without (no luck), no CUDA graph (no room)"),
+    ],
+)
+def test_a_step_becomes_a_cuda_graph(cannot, fails, unrecorded, good, said, monkeypatch, capsys):
+    """Compiled or not, and whatever fails is told."""
+    asked, reserved = [], iter([2**20, 2**22])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: next(reserved))
+    monkeypatch.setattr(sample, "compile_decode", lambda *size: asked.append(size[1:]) or fails)
+    monkeypatch.setattr(sample, "record_decode", lambda *size: asked.append(size[1:]) or unrecorded)
+    with fake_cuda():
+        assert sample.compile_for(fake_model(), 40, 3, cannot) == good
+    assert asked == [(40, 3)] * (1 if cannot else 2)
+    assert capsys.readouterr().err.endswith(said + "\n")
+
+
+@enters("sample.answer")
+def test_a_step_is_recorded_where_nothing_compiles(monkeypatch, capsys):
+    """Windows has no Triton; without a GPU a line says so and nothing is tried."""
+    given = []
+    monkeypatch.setattr(sample, "compile", True)
+    monkeypatch.setattr(sample, "why_not_compile", lambda device: "no triton")
+    monkeypatch.setattr(sample, "prompts", lambda: iter([("ab", 2)]))
+    monkeypatch.setattr(sample, "compile_for", lambda *all: given.append(all[1:]) or True)
+    monkeypatch.setattr(sample, "stream", lambda *all, **how: iter([]))
+    monkeypatch.setattr(torch, "Generator", mock.MagicMock())
+    with fake_cuda():
+        gpu_machine = machine.Machine(torch.device("cuda", 0), torch.bfloat16, "")
+        sample.answer(fake_model(), get_tokenizer("bytes"), gpu_machine)
+    assert given == [(64, 2, "no triton")] and "not compiled" not in capsys.readouterr().err
+    cpu = machine.Machine(torch.device("cpu"), torch.float32, "")
+    sample.answer(GPT(SIZE), get_tokenizer("bytes"), cpu)
+    assert len(given) == 1 and "not compiled: no triton" in capsys.readouterr().err
 
 
 def test_key_heads_are_copied_where_only_that_is_fused(monkeypatch):

@@ -13,6 +13,7 @@ import sample
 from formats import checkpoint
 from model import GPT, GPTConfig
 from run import compiling
+from run.machine import Machine
 from text.tokenizer import get_tokenizer
 
 LINE = "-" * 40 + "\n"
@@ -184,6 +185,43 @@ def test_compiling_is_told_and_when_it_fails_the_text_comes_all_the_same(
     assert result.code == 0 and result.out == script("sample.py", *flags).out
     assert asked == [(24, 3)], "the cache's size and the texts of a batch, once for all"
     assert (problem or "done in") in result.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "small", "wanted"),
+    [
+        ({}, 1e6, "float32"),
+        ({}, 1e3, "bfloat16"),  # the model is larger
+        ({"dtype": "bfloat16"}, 1e6, "bfloat16"),
+        ({"compile": True}, 1e6, "bfloat16"),  # half as much to read, and no calls
+        ({"quantize": "int8"}, 1e6, "float32"),
+    ],
+)
+def test_a_small_model_is_quicker_in_float32(settings, small, wanted, monkeypatch):
+    """On a CPU that computes in bfloat16: a product of few numbers costs more there."""
+    for name, value in settings.items():
+        monkeypatch.setattr(sample, name, value)
+    monkeypatch.setattr(sample, "SMALL", small)
+    model = GPT(SIZE)
+    found = sample.prepare(model, Machine(torch.device("cpu"), torch.bfloat16, ""))
+    assert str(found.dtype) == str(model.embed_tokens.weight.dtype) == f"torch.{wanted}"
+
+
+@pytest.mark.parametrize(
+    ("a_thread", "set_by_hand", "wanted"),
+    [(2**24, "", [1]), (2**14, "", [4]), (1, "", [8]), (2**24, "5", [])],
+)
+def test_threads_are_as_many_as_the_weights_are_worth(a_thread, set_by_hand, wanted, monkeypatch):
+    """71 kB of them, on a CPU of eight cores; who sets OMP_NUM_THREADS has chosen."""
+    asked = []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if set_by_hand:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_by_hand)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(sample, "THREAD_BYTES", a_thread)
+    sample.prepare(GPT(SIZE), Machine(torch.device("cpu"), torch.float32, ""))
+    assert asked == wanted
 
 
 def test_no_compiler_is_told_once(script, out, monkeypatch):

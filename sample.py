@@ -57,7 +57,7 @@ compile = False  # compile a token's step; 303M: a minute for each length of cac
 
 
 BATCH = 8  # texts that are made at once, of one prompt
-SMALL = 8_000_000  # parameters up to which a CPU makes a text sooner in float32 (docs/speed.md)
+SMALL = 16_000_000  # parameters up to which a CPU makes a text sooner in float32 (docs/speed.md)
 THREAD_BYTES = 2**24  # of weights, for which a thread of a CPU is worth its waiting for the others
 LINE = "-" * 40 + "\n"
 
@@ -170,26 +170,25 @@ def prepare(model: GPT, machine: Machine) -> Machine:
     return machine
 
 
-def compile_for(model: GPT, length: int, rows: int, cannot: str) -> bool:
+def compile_for(model: GPT, length: int, rows: int, cannot: str) -> str:
     """Compile the step that makes a token a row, for a cache of `length`; says how that went.
 
-    On a GPU it becomes one CUDA graph, compiled or not. cannot: why it cannot be compiled here.
-    Returns whether one of the two went well.
+    On a GPU it becomes one CUDA graph, compiled or not. cannot: why it is not to be compiled; what
+    is returned is why it was not, "" when it was.
     """
     print(f"compiling for a cache of {length} tokens: ", end="", file=sys.stderr, flush=True)
     t0 = time.perf_counter()
-    problem = cannot or compile_decode(model, length, rows)
-    took = f"done in {time.perf_counter() - t0:.0f} s"
-    said, good = f"failed, going on without ({problem})" if problem else took, not problem
+    failed = "" if cannot else compile_decode(model, length, rows)
+    said = f"not compiled ({cannot})" if cannot else f"done in {time.perf_counter() - t0:.0f} s"
+    said = f"failed, going on without ({failed})" if failed else said
     if model.embed_tokens.weight.is_cuda:
+        torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         problem = record_decode(model, length, rows)
-        nbytes = torch.cuda.memory_reserved() - before
-        graph = f"one CUDA graph of {nbytes / 2**20:.0f} MiB"
-        said += f", no CUDA graph ({problem})" if problem else f", {graph}"
-        good |= not problem
+        more = f"one CUDA graph of {(torch.cuda.memory_reserved() - before) / 2**20:.0f} MiB"
+        said += f", no CUDA graph ({problem})" if problem else f", {more}"
     print(said, file=sys.stderr)
-    return good
+    return cannot or failed
 
 
 def check() -> None:
@@ -232,10 +231,9 @@ def answer(model: GPT, tok: Tokenizer, machine: Machine) -> None:
     """Print the texts of every prompt, and how fast they came."""
     generator = torch.Generator(machine.device).manual_seed(seed)
     made, took_s = 0, 0.0
-    compiles, compiled = compile, set[tuple[int, int]]()  # lengths of the cache and rows
-    cannot = why_not_compile(machine.device) if compile else ""
-    if cannot and machine.device.type != "cuda":
-        compiles = False
+    compiled = set[tuple[int, int]]()  # lengths of the cache and rows
+    on_gpu, cannot = machine.device.type == "cuda", why_not_compile(machine.device)
+    if compile and cannot and not on_gpu:
         print(f"not compiled: {cannot}", file=sys.stderr)
     greedy = temperature == 0 or top_k == 1
     for i, (text, texts) in enumerate(prompts()):
@@ -245,8 +243,8 @@ def answer(model: GPT, tok: Tokenizer, machine: Machine) -> None:
             length = cache_length(
                 ids.size(1) + max_new_tokens, model.config.max_position_embeddings
             )
-            if compiles and (length, rows) not in compiled:
-                compiles = compile_for(model, length, rows, cannot)
+            if compile and (on_gpu or not cannot) and (length, rows) not in compiled:
+                cannot = compile_for(model, length, rows, cannot)
                 compiled.add((length, rows))
             heads = [LINE * (i + row > 0 and not interactive) + text for row in range(texts)]
             t0 = time.perf_counter()

@@ -1,9 +1,10 @@
 """Speed of making text: python bench/decode.py --layers=24 --hidden=1024
 
-Greedy text from random weights, on a CPU (24 x 1024 is the reference's shape).
-sample.py's ways stand against transformers' cached generate, other model.py
-files and, where llama-cpp-python is installed, llama.cpp: tokens/s, and the
-weights read in a second against what memory gives.
+Greedy text from random weights (24 x 1024 is the reference's shape).
+sample.py's ways, but for its choice of type and threads, stand against
+transformers' cached generate, other model.py files and, where llama-cpp-python
+is installed, llama.cpp: tokens/s, and the weights read in a second against what
+memory gives.
 """
 
 import sys
@@ -17,7 +18,6 @@ if __name__ == "__main__":  # the repository, not this folder, whose train.py is
 
 import re
 import tempfile
-import time
 from functools import partial
 from typing import NamedTuple
 
@@ -29,15 +29,16 @@ from bench.decoders import (
     llama_cpp_decoders,
     our_decoders,
     peer_decoder,
-    transformers_decoder,
+    transformers_decoders,
 )
+from bench.gpu_probe import driver, quickest, seconds
 from bench.models import Shape, loud_model
 from bench.picture import draw_bars
 from bench.rounds import in_turn, median, ratio
 from bench.settings import MODES, check, peers
 from configurator import configure, settings_of
 from making.compiled import use_huge_pages
-from run import script
+from run import machine, script
 from run.settings import at_least
 
 # what
@@ -48,6 +49,7 @@ layers = 6  # blocks of the model
 hidden = 384  # a multiple of 64
 cases = "1x64,1x512,8x64"  # prompts in a batch x tokens of each
 new_tokens = 128  # made after each prompt, at least 2
+device = "cpu"  # or cuda, cuda:1
 # how
 repeats = 3  # rounds
 png = ""  # also draw the tables into this file
@@ -60,16 +62,12 @@ class Seconds(NamedTuple):
     last: float
 
 
-def memory_speed() -> float:
-    """Bytes/s at which this CPU sums up 256 MB in the pages of sample.py's weights; best of ten."""
-    block, times = torch.nn.Module(), []
-    block.data = torch.nn.Buffer(torch.ones(1 << 26))
+def memory_speed(place: torch.device) -> float:
+    """Bytes/s at which a device sums up 256 MB, on a CPU in the pages of sample.py's weights."""
+    block, ones = torch.nn.Module(), torch.nn.Buffer(torch.ones(1 << 26, device=place))
+    block.ones = ones
     use_huge_pages(block)
-    for _ in range(10):
-        t0 = time.perf_counter()
-        block.data.sum()
-        times.append(time.perf_counter() - t0)
-    return 4 * block.data.numel() / min(times)
+    return ones.nbytes / quickest(place, ones.sum)
 
 
 def compare_texts(decoders: list[Decoder], ids: Tensor, n: int) -> None:
@@ -85,11 +83,7 @@ def compare_texts(decoders: list[Decoder], ids: Tensor, n: int) -> None:
 
 def time_texts(decoder: Decoder, ids: Tensor, n: int) -> Seconds:
     """A text of one token and one of n."""
-    t0 = time.perf_counter()
-    decoder.generate(ids, 1)
-    t1 = time.perf_counter()
-    decoder.generate(ids, n)
-    return Seconds(t1 - t0, time.perf_counter() - t1)
+    return Seconds(*(seconds(ids.device, partial(decoder.generate, ids, k)) for k in (1, n)))
 
 
 def print_table(
@@ -123,12 +117,11 @@ def print_table(
     return bars
 
 
-def measure(
-    decoders: list[Decoder], rows: int, prompt: int, n: int, repeats: int
-) -> list[tuple[str, float]]:
+def measure(decoders: list[Decoder], ids: Tensor, n: int, repeats: int) -> list[tuple[str, float]]:
     """A case: texts, rounds, and the table of what has been measured; tokens/s by name."""
+    rows, prompt = ids.shape
     print(f"\n{rows} x {prompt} tokens, then {n} new ones", flush=True)
-    top, ids = memory_speed(), torch.randint(0, 50257, (rows, prompt))
+    top = memory_speed(ids.device)
     print(f"memory gives {top / 1e9:.1f} GB/s", flush=True)
     compare_texts(decoders, ids, n)
     times: dict[str, list[Seconds]] = {d.name: [] for d in decoders}
@@ -154,16 +147,22 @@ def main() -> None:
     shapes = [[int(n) for n in case.split("x")] for case in cases.split(",")]
     longest = max(prompt for _, prompt in shapes) + new_tokens
     weights, bars = getattr(torch, dtype), []  # their type
-    model = loud_model(Shape(layers, hidden, 1, max(1024, longest)).config, 6).to(weights)
+    place = machine.select_device(device)
+    where = f"{machine.describe(place)}, torch {torch.__version__}"
+    where += f", driver {driver()}" * (place.type == "cuda")
+    print(f"{layers} x {hidden}, {dtype}, {where}", flush=True)
+    model = loud_model(Shape(layers, hidden, 1, max(1024, longest)).config, 6).to(place, weights)
+    machine.choose_attention(model, weights)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        decoders = [transformers_decoder(model, folder, weights)]
+        decoders = transformers_decoders(model, folder, weights)
         decoders += our_decoders(model, MODES[mode], new_tokens)
-        decoders += [peer_decoder(path, model.config, weights) for path in others]
+        decoders += [peer_decoder(path, model.config, weights, place) for path in others]
         decoders += llama_cpp_decoders(model, folder, dtype)
         for rows, prompt in shapes:
             fit = [d for d in decoders if d.batches or rows == 1]
-            found = measure(fit, rows, prompt, new_tokens, repeats)
+            ids = torch.randint(0, 50257, (rows, prompt)).to(place)
+            found = measure(fit, ids, new_tokens, repeats)
             bars += [(f"{name}, {rows} x {prompt}", speed) for name, speed in found]
     draw_bars(png, f"new tokens/s, {layers} layers, hidden {hidden}, {dtype}", bars)
 

@@ -1,4 +1,4 @@
-"""A GPU in at most twelve minutes: python bench/gpu.py [--steps=2,8]
+"""A GPU in at most fourteen minutes: python bench/gpu.py [--steps=2,8]
 
 All that is planned, promised or assumed about a GPU: speed, memory against the
 plan, running out of memory, resuming, decoding and more. A step that fails or

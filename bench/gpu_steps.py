@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bench.commands import ROOT
-from bench.decoders import transformers_decoder
+from bench.decoders import transformers_decoders
 from bench.gpu_probe import (
     Figures,
     Setup,
@@ -56,6 +56,7 @@ from bench.gpu_training import (
 from bench.models import loud_model
 from formats import checkpoint
 from making.compiled import compile_decode
+from making.graphs import record_decode
 from making.sampling import cache_length
 from making.scoring import Question, score, sliding
 from model import GPT, GPTConfig
@@ -191,35 +192,42 @@ def loss_scaling(setup: Setup) -> None:
     emit(f"scales {scales}, loss {losses[0]:.3f} to {losses[-1]:.3f}", checks=checks)
 
 
-def emit_speed(name: str, generate: Callable[[Tensor, int], object], ids: Tensor, n: int) -> None:
-    """Tell the tokens/s of a way to make n tokens after the first, of three texts."""
+def emit_speed(name: str, generate: Callable[[Tensor, int], object], ids: Tensor, n: int) -> float:
+    """Tell and return the tokens/s of a way to make n tokens after the first, of three texts."""
     generate(ids, n)  # compiles and warms up
     whole, first = (
         statistics.median(seconds(ids.device, partial(generate, ids, k)) for _ in range(3))
         for k in (n, 1)
     )
-    figures: Figures = {f"{name}_tokens_per_s": (n - 1) / (whole - first)}
-    emit(*(f"{name} {per_s:.1f} tokens/s" for per_s in figures.values()), **figures)
+    per_s = (n - 1) / (whole - first)
+    figures: Figures = {f"{name}_tokens_per_s": per_s}
+    emit(f"{name} {per_s:.1f} tokens/s", **figures)
+    return per_s
 
 
-def alike(model: GPT, ids: Tensor, n: int, timed: bool) -> int:
-    """How many of n tokens come before the first in which compiled text differs."""
+def alike(model: GPT, ids: Tensor, n: int, speeds: dict[str, float] | None = None) -> int:
+    """How many of n tokens come before the first that is not the same in all our ways.
+
+    These are eager, compiled and, on a GPU, graph. speeds: their tokens/s are told, and put there.
+    """
     texts, prompt = [], ids.size(1)
 
     def generate(ids: Tensor, n: int) -> Tensor:
         return model.generate(ids, n, temperature=0)
 
-    for name in ("eager", "compiled"):
+    for name in ("eager", "compiled", *["graph"] * ids.is_cuda):
         if name == "compiled" and (problem := compile_decode(model, prompt + n)):
             raise ValueError(f"not compiled: {problem}")
+        if name == "graph" and (problem := record_decode(model, prompt + n)):
+            raise ValueError(f"no CUDA graph: {problem}")
         memory_figures(ids.device, reset=True)
-        if timed:
-            emit_speed(name, generate, ids, n)
+        if speeds is not None:
+            speeds[name] = emit_speed(name, generate, ids, n)
         texts.append(generate(ids, n)[0, prompt:].tolist())
-        if timed:
+        if speeds is not None:
             figures: Figures = memory_figures(ids.device)
             emit(**{f"{name}_{k}": v for k, v in figures.items()})
-    return next((i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b), n)
+    return next((i for i, made in enumerate(zip(*texts, strict=True)) if len({*made}) > 1), n)
 
 
 def decode(setup: Setup) -> None:
@@ -232,14 +240,19 @@ def decode(setup: Setup) -> None:
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     cache *= 2 * cache_length(prompt + n, config.max_position_embeddings)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    emit(f"{alike(model, ids, n, True)} of {n} tokens alike", planned=weights + cache)
+    speeds: dict[str, float] = {}
+    emit(f"{alike(model, ids, n, speeds)} of {n} tokens alike", planned=weights + cache)
+    if "graph" in speeds:
+        times = speeds["graph"] / speeds["compiled"]
+        emit(f"graph {times:.2f} times compiled")
     exact = loud_model(dataclasses.replace(config, num_hidden_layers=2), 6).to(device)
     choose_attention(exact, torch.float32)
-    same = alike(exact, ids, n, False)
+    same = alike(exact, ids, n)
     emit(f"{same} in float32", checks={f"{n} alike in float32": same == n})
     if importlib.util.find_spec("transformers"):
-        theirs = transformers_decoder(model, Path(setup.folder), torch.bfloat16)
-        emit_speed("transformers", theirs.generate, ids, n)
+        found = transformers_decoders(model, Path(setup.folder), torch.bfloat16)
+        theirs = max(emit_speed(d.name, d.generate, ids, n) for d in found)
+        emit(f"{max(speeds.values()) / theirs:.2f} times transformers")
 
 
 def evaluation(setup: Setup) -> None:
@@ -399,14 +412,14 @@ class Step(NamedTuple):
 
 STEPS = (
     Step("machine", 14, speeds),
-    Step("tests/gpu", 36, gpu_tests),
+    Step("tests/gpu", 60, gpu_tests),
     Step("reference", 113, reference),
     Step("out of memory", 25, out_of_memory),
     Step("resume", 42, resume),
     Step("uncompiled", 30, uncompiled),
     Step("activation checkpointing", 75, recomputed),
     Step("float16", 18, loss_scaling),
-    Step("decoding", 80, decode),
+    Step("decoding", 140, decode),
     Step("evaluation", 17, evaluation),
     Step("torchrun", 28, torchrun),
     Step("12 layers", 67, half_depth),

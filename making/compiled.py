@@ -26,13 +26,6 @@ def compile_decode(model: Model, length: int, batch: int = 1) -> str:
     settings must stay, and one thread at a time decodes: torch's switch for this is the process's.
     """
     plain = getattr(model.decode, "uncompiled", model.decode)
-    context = model.config.max_position_embeddings
-    cache = model.new_cache(batch, cache_length(length, context))
-    options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}  # one rounding
-    if cache.keys[0].is_cuda:
-        options["coordinate_descent_tuning"] = True  # one row times a weight becomes a loop
-    # fullgraph: past the limit an error; a plain call would be followed by one
-    how: dict[str, Any] = {"dynamic": False, "fullgraph": True, "options": options}
     # a graph for each length of the cache, batch and model: torch's own limit is 8; as an argument
     # of torch.compile it is not in torch 2.11
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
@@ -50,10 +43,16 @@ def compile_decode(model: Model, length: int, batch: int = 1) -> str:
         return logits
 
     decode.uncompiled = plain  # type: ignore[attr-defined]
+    options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}  # one rounding
     try:
-        compiled: Any = torch.compile(plain, **how)
-        model.decode = decode  # type: ignore[method-assign]
         with torch.no_grad():
+            context = model.config.max_position_embeddings
+            cache = model.new_cache(batch, cache_length(length, context))
+            if cache.keys[0].is_cuda:
+                options["coordinate_descent_tuning"] = True  # one row times a weight: a loop
+            # fullgraph: past the limit an error; a plain call would be followed by one
+            compiled: Any = torch.compile(plain, dynamic=False, fullgraph=True, options=options)
+            model.decode = decode  # type: ignore[method-assign]
             zeros = torch.zeros(batch, dtype=torch.int64, device=cache.keys[0].device)
             model.decode(zeros[:, None], zeros[:1].clone(), cache, zeros.clone())
     except Exception as e:  # whatever a compiler, a driver or a full disk may raise

@@ -17,25 +17,27 @@ class TokenGraph:
     """A model's decode, recorded with a cache, and played again with other tokens.
 
     A recorded step reads and writes the same memory whenever it is played: the cache's tensors, and
-    tensors for what decode is given. One text at a time has the cache.
+    tensors for what decode is given. One text at a time has the cache. The weights have to stay
+    where they are.
     """
 
-    def __init__(self, decode: Any, cache: Any, pool: Any = None) -> None:
-        """pool: that of an earlier graph, whose memory for work this one may use, too."""
+    def __init__(self, decode: Any, cache: Any, other: "TokenGraph | None" = None) -> None:
+        """other: an earlier graph, whose memory for work this one uses, too."""
         batch, device = len(cache.keys[0]), cache.keys[0].device
         zeros = torch.zeros(batch, dtype=torch.int64, device=device)
         self.cache = cache
         self.lent: weakref.ref[Any] | None = None
         self.given = zeros[:, None], zeros[:1].clone(), zeros.clone()
         idx, position, pad = self.given
-        main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                decode(idx, position, cache, pad)
-        main.wait_stream(side)
+        for _ in range(WARM_UP):
+            decode(idx, position, cache, pad)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        self.stream: Any = other.stream if other else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        pool = other.graph.pool() if other else None
+        with (
+            torch.cuda.stream(self.stream),  # puts stream and device back, whatever is raised
+            torch.cuda.graph(self.graph, pool=pool, stream=self.stream),
+        ):
             self.logits: Tensor = decode(idx, position, cache, pad)
 
     def __call__(self, *given: Tensor) -> Tensor:
@@ -51,8 +53,8 @@ class TokenGraph:
         That is out of torch.inference_mode, when the cache was made in it.
         """
         tensors = self.cache.keys + self.cache.values
-        free = self.lent is None or self.lent() is None
-        if not free or tensors[0].is_inference() != torch.is_inference_mode_enabled():
+        taken = self.lent is not None and self.lent() is not None
+        if taken or (tensors[0].is_inference() and not torch.is_inference_mode_enabled()):
             return None
         torch._foreach_zero_(tensors)
         lent = dataclasses.replace(self.cache)
@@ -69,17 +71,19 @@ def record_decode(model: Model, length: int, batch: int = 1) -> str:
 
     The model has to be on a GPU. Further batches and lengths are recorded by further calls and stay
     as they are without; so does a text that begins while another of its size is being made. Returns
-    "", or why it failed: then all is as before.
+    "", or why it failed: then nothing is recorded any more, and decode is as it was. Each graph
+    keeps its cache; the memory for work is shared.
     """
     decode = getattr(model.decode, "unrecorded", model.decode)
     new_cache = getattr(model.new_cache, "unrecorded", model.new_cache)
     graphs: dict[tuple[int, int], TokenGraph] = getattr(model.new_cache, "graphs", {})
     size = cache_length(length, model.config.max_position_embeddings)
-    pool = next((g.graph.pool() for g in graphs.values()), None)
     try:
         with torch.no_grad():
-            graphs[batch, size] = TokenGraph(decode, new_cache(batch, size), pool)
+            other = next(iter(graphs.values()), None)
+            graphs[batch, size] = TokenGraph(decode, new_cache(batch, size), other)
     except Exception as e:  # whatever a driver may raise
+        graphs.clear()  # and the memory may be what another text needs
         return named_reason(e)[:120]
 
     def lent_cache(batch: int, length: int) -> Any:

@@ -479,7 +479,7 @@ def at_peak(training: Training, batch: int) -> dict[str, float]:
     if not training.accumulates:
         fixed[GRADIENTS] = 0  # the backward pass makes them
     layers = training.config.num_hidden_layers
-    if layers in LAYERS or layers < min(LAYERS):
+    if layers <= max(LAYERS):
         passes = trace(shallow(training, layers))
     else:
         few, one_more = (trace(shallow(training, d)) for d in LAYERS)

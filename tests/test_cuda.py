@@ -992,23 +992,25 @@ def test_a_row_times_a_weight_becomes_a_loop_of_the_gpu(monkeypatch):
 
 @enters("sample.compile_for")
 @pytest.mark.parametrize(
-    ("cannot", "fails", "unrecorded", "good", "said"),
+    ("cannot", "fails", "unrecorded", "said"),
     [
-        ("", "", "", True, "done in 0 s, one CUDA graph of 3 MiB"),
-        ("", "", "no room", True, "done in 0 s, no CUDA graph (no room)"),
-        ("no triton", "", "", True, "going on without (no triton), one CUDA graph of 3 MiB"),
-        ("", "no luck", "no room", False, "without (no luck), no CUDA graph (no room)"),
+        ("", "", "", "done in 0 s, one CUDA graph of 3 MiB"),
+        ("", "", "no room", "done in 0 s, no CUDA graph (no room)"),
+        ("no triton", "", "", "not compiled (no triton), one CUDA graph of 3 MiB"),
+        ("", "no luck", "", "failed, going on without (no luck), one CUDA graph of 3 MiB"),
+        ("", "no luck", "no room", "without (no luck), no CUDA graph (no room)"),
     ],
 )
-def test_a_step_becomes_a_cuda_graph(cannot, fails, unrecorded, good, said, monkeypatch, capsys):
+def test_a_step_becomes_a_cuda_graph(cannot, fails, unrecorded, said, monkeypatch, capsys):
     """Compiled or not, and whatever fails is told."""
     asked, reserved = [], iter([2**20, 2**22])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("emptied"))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: next(reserved))
     monkeypatch.setattr(sample, "compile_decode", lambda *size: asked.append(size[1:]) or fails)
     monkeypatch.setattr(sample, "record_decode", lambda *size: asked.append(size[1:]) or unrecorded)
     with fake_cuda():
-        assert sample.compile_for(fake_model(), 40, 3, cannot) == good
-    assert asked == [(40, 3)] * (1 if cannot else 2)
+        assert sample.compile_for(fake_model(), 40, 3, cannot) == cannot or fails
+    assert asked == [(40, 3)] * (not cannot) + ["emptied", (40, 3)]
     assert capsys.readouterr().err.endswith(said + "\n")
 
 
@@ -1019,7 +1021,7 @@ def test_a_step_is_recorded_where_nothing_compiles(monkeypatch, capsys):
     monkeypatch.setattr(sample, "compile", True)
     monkeypatch.setattr(sample, "why_not_compile", lambda device: "no triton")
     monkeypatch.setattr(sample, "prompts", lambda: iter([("ab", 2)]))
-    monkeypatch.setattr(sample, "compile_for", lambda *all: given.append(all[1:]) or True)
+    monkeypatch.setattr(sample, "compile_for", lambda *all: given.append(all[1:]) or all[3])
     monkeypatch.setattr(sample, "stream", lambda *all, **how: iter([]))
     monkeypatch.setattr(torch, "Generator", mock.MagicMock())
     with fake_cuda():

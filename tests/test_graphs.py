@@ -51,10 +51,10 @@ class Graph:
 class Capture(TorchDispatchMode):
     """torch.cuda.graph."""
 
-    def __init__(self, graph, pool=None):
+    def __init__(self, graph, pool=None, stream=None):
         super().__init__()
         self.graph = graph
-        graph.shared = pool
+        graph.shared, graph.stream = pool, stream
 
     def __torch_dispatch__(self, call, types, args=(), kwargs=None):
         gave = call(*args, **(kwargs or {}))
@@ -62,21 +62,12 @@ class Capture(TorchDispatchMode):
         return gave
 
 
-class Stream:
-    def __init__(self, device=None):
-        pass
-
-    def wait_stream(self, other):
-        assert isinstance(other, Stream)
-
-
 @pytest.fixture(autouse=True)
 def cuda(monkeypatch):
     monkeypatch.setattr(Graph, "made", [])
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
 
 
@@ -162,20 +153,25 @@ def test_recorded_once_more_and_compiled_between(monkeypatch):
         assert torch.equal(m.generate(x, length - 7, temperature=0), wanted)
     assert [g.played for g in Graph.made] == [92, 172, 92]
     assert Graph.made[1].pool() is Graph.made[2].pool() is Graph.made[0]
+    assert len({g.stream for g in Graph.made}) == 1, "which those of one pool must share"
 
 
 def test_a_graph_that_fails_leaves_the_model_as_it_was(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    plain, m = model(), model()
+    plain, m, other = model(), model(), model()
     decode = m.decode
+    assert record_decode(other, 100) == ""
     monkeypatch.setattr(torch.cuda, "graph", broken)
     assert record_decode(m, 100) == "RuntimeError: operation not permitted"
+    assert record_decode(other, 190) == "RuntimeError: operation not permitted"
     assert m.decode == decode
     x = prompt(7)
     wanted = plain.generate(x, 60, temperature=0)
-    assert torch.equal(m.generate(x, 60, temperature=0), wanted)
+    for one in (m, other):
+        assert torch.equal(one.generate(x, 60, temperature=0), wanted)
+    assert not Graph.made[0].played, "a graph whose memory has been given back"
 
 
 def test_a_graph_of_inference_mode_is_left_alone_outside():
@@ -188,3 +184,7 @@ def test_a_graph_of_inference_mode_is_left_alone_outside():
     assert Graph.made[0].played == 59
     assert torch.equal(m.generate(x, 60, temperature=0), wanted)
     assert Graph.made[0].played == 59
+    assert record_decode(m, 100) == ""
+    with torch.inference_mode():
+        assert torch.equal(m.generate(x, 60, temperature=0), wanted)
+    assert Graph.made[1].played == 59

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from formats import checkpoint, pack, rebuild
 from making import compiled, scoring
+from making.graphs import record_decode
 from making.sampling import left_pad
 from model import GPT, GPTConfig
 from run.machine import choose_attention
@@ -106,6 +108,26 @@ def test_compiled_texts_are_the_same(there, prompts, wanted, compiler):
     assert torch.equal(texts(there, prompts), wanted)
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_texts_of_a_cuda_graph_are_the_same(compiles, there, prompts, wanted, where, request):
+    """One text and a batch of four, of a padded prompt each; a graph plays for all but a few."""
+    if where.type != "cuda":
+        pytest.skip("CUDA graphs are a GPU's")
+    if compiles:
+        request.getfixturevalue("compiler")
+        assert compiled.compile_decode(there, 64) == compiled.compile_decode(there, 64, 4) == ""
+    assert record_decode(there, 64) == record_decode(there, 64, 4) == ""
+    played, real = [], torch.cuda.CUDAGraph.replay
+    with mock.patch.object(torch.cuda.CUDAGraph, "replay", lambda g: played.append(1) or real(g)):
+        assert torch.equal(texts(there, prompts), wanted)
+        assert len(played) >= len(prompts) * (NEW - 1)
+        idx, lengths = left_pad(prompts)
+        for _ in range(2):
+            played.clear()
+            found = there.generate(idx.to(where), NEW, temperature=0, lengths=lengths.to(where))
+            assert torch.equal(found[:, -NEW:].cpu(), wanted) and len(played) == NEW - 1
+
+
 def test_drawn_texts_come_again_with_their_seed(there, where):
     """The generator is the device's own."""
 
@@ -118,14 +140,20 @@ def test_drawn_texts_come_again_with_their_seed(there, where):
     assert draw(1) == draw(1) != draw(2)
 
 
-def test_sample_prints_text(script, saved, where):
+@pytest.mark.parametrize("compiles", [False, True])
+def test_sample_prints_text(compiles, script, saved, where, request):
     """In the type of the card; grouped heads once failed at the second token."""
     args = [f"--out_dir={saved}", f"--device={where.type}", "--dtype=bfloat16", "--num_samples=2"]
+    if compiles:
+        request.getfixturevalue("compiler")
+        args.append("--compile=True")
     seen = script("sample.py", *args, "--start=the cat", "--max_new_tokens=20")
     assert seen.code == 0, seen.err
     assert seen.out.count("the cat") == 2 and "bfloat16" in seen.err
     made = int(re.search(r"(\d+) tokens, \S+ tokens/s", seen.err)[1])
     assert made > 4 and len(seen.out) > 2 * len("the cat") + 40 + made / 4
+    if compiles and where.type == "cuda":
+        assert int(re.search(r"one CUDA graph of (-?\d+) MiB", seen.err)[1]) > 0
 
 
 # ---------------------------------------------------------------- scores

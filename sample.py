@@ -232,8 +232,9 @@ def answer(model: GPT, tok: Tokenizer, machine: Machine) -> None:
     generator = torch.Generator(machine.device).manual_seed(seed)
     made, took_s = 0, 0.0
     compiled = set[tuple[int, int]]()  # lengths of the cache and rows
-    on_gpu, cannot = machine.device.type == "cuda", why_not_compile(machine.device)
-    if compile and cannot and not on_gpu:
+    on_gpu = machine.device.type == "cuda"
+    cannot = why_not_compile(machine.device) if compile else ""
+    if cannot and not on_gpu:
         print(f"not compiled: {cannot}", file=sys.stderr)
     greedy = temperature == 0 or top_k == 1
     for i, (text, texts) in enumerate(prompts()):

@@ -31,7 +31,7 @@ from bench.decoders import (
     peer_decoder,
     transformers_decoders,
 )
-from bench.gpu_probe import driver, quickest, seconds
+from bench.gpu_probe import quickest, seconds, where
 from bench.models import Shape, loud_model
 from bench.picture import draw_bars
 from bench.rounds import in_turn, median, ratio
@@ -148,9 +148,7 @@ def main() -> None:
     longest = max(prompt for _, prompt in shapes) + new_tokens
     weights, bars = getattr(torch, dtype), []  # their type
     place = machine.select_device(device)
-    where = f"{machine.describe(place)}, torch {torch.__version__}"
-    where += f", driver {driver()}" * (place.type == "cuda")
-    print(f"{layers} x {hidden}, {dtype}, {where}", flush=True)
+    print(f"{layers} x {hidden}, {dtype}, {where(place)}", flush=True)
     model = loud_model(Shape(layers, hidden, 1, max(1024, longest)).config, 6).to(place, weights)
     machine.choose_attention(model, weights)
     with tempfile.TemporaryDirectory() as name:

@@ -48,6 +48,12 @@ def card_of(setup: Setup) -> str:
     return machine.describe(device_of(setup))
 
 
+def where(device: torch.device) -> str:
+    """The device and the versions that go with it, as the head of a table."""
+    line = f"{machine.describe(device)}, torch {torch.__version__}"
+    return line + f", driver {driver()}" * (device.type == "cuda")
+
+
 def driver() -> str:
     """The version of NVIDIA's driver, "" where nobody tells."""
     if not (smi := shutil.which("nvidia-smi")):

@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from bench.gpu_probe import driver
 from bench.gpu_probe import seconds as seconds_of
+from bench.gpu_probe import where
 from bench.models import Shape
 from bench.picture import draw_bars
 from bench.rounds import median, ratio
@@ -116,9 +116,7 @@ def main() -> None:
     seconds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
     peaks: dict[Kind, int] = {}
     bars: list[tuple[str, float]] = []
-    where = f"{machine.describe(place)}, torch {torch.__version__}"
-    where += f", driver {driver()}" * (place.type == "cuda")
-    print(f"{shape}, {micro_steps} micro-steps, {dtype}, {where}", flush=True)
+    print(f"{shape}, {micro_steps} micro-steps, {dtype}, {where(place)}", flush=True)
     most = matmul_peak(dtype, place) / flops_per_token(GPT(shape.config))
     at_once = len(kinds) if place.type == "cuda" and (os.cpu_count() or 1) >= 8 else 1
     try:

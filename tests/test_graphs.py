@@ -6,25 +6,15 @@ Played again, a recorded call reads and writes the tensors of its first time, as
 import contextlib
 
 import pytest
+import test_sampling_speed as speed
 import torch
+from test_sampling_speed import prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from making.compiled import compile_decode
 from making.graphs import record_decode
 from making.sampling import left_pad, stream
-from model import GPT, GPTConfig
-
-SIZE = GPTConfig(
-    vocab_size=131,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=192,
-)
 
 
 class Graph:
@@ -72,17 +62,7 @@ def cuda(monkeypatch):
 
 
 def model():
-    torch.manual_seed(0)
-    m = GPT(SIZE).eval()
-    with torch.no_grad():
-        for name, p in m.named_parameters():
-            if "proj" in name:
-                p.mul_(12)
-    return m
-
-
-def prompt(length, batch=1):
-    return torch.randint(131, (batch, length), generator=torch.Generator().manual_seed(1))
+    return speed.model(max_position_embeddings=192)
 
 
 def test_texts_are_those_of_the_plain_way():

@@ -69,9 +69,14 @@ def turns_in(value: Any, column: str) -> list[Turn]:
     return [turn_in(one, f"{column}[{i}]") for i, one in enumerate(listed(value, column, "turns"))]
 
 
+def plain(value: Any) -> Any:
+    """A value as JSON would have it: an array, as some readers of files make, becomes a list."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 def listed(value: Any, where: str, of: str) -> list[Any]:
     """A list, whatever kind of one a file's reader makes. Raises ValueError as above."""
-    found = value.tolist() if isinstance(value, np.ndarray) else value
+    found = plain(value)
     if not isinstance(found, list | tuple):
         raise ValueError(f"{where} is no list of {of} but {SHORT.repr(found)}")
     return list(found)
@@ -92,7 +97,7 @@ def words(value: Any, where: str) -> str:
     """A content: a text, or OpenAI's list of parts that are texts. Raises ValueError as above."""
     if isinstance(value, str):
         return value
-    parts = value.tolist() if isinstance(value, np.ndarray) else value
+    parts = plain(value)
     if isinstance(parts, list | tuple) and all(map(is_text, parts)):
         return "".join(part["text"] for part in parts)
     raise ValueError(f"{where} is no text but {SHORT.repr(parts)}")
@@ -110,7 +115,7 @@ def alpaca(row: Mapping[str, Any], asked: str, answered: str) -> list[Turn]:
     system, more = (words(given.get(k, ""), k) for k in ("system", "input"))
     turns = [Turn(SYSTEM, system)] if system else []
     for i, pair in enumerate(listed(given.get("history", []), "history", "pairs")):
-        both = pair.tolist() if isinstance(pair, np.ndarray) else pair
+        both = plain(pair)
         if not isinstance(both, list | tuple) or len(both) != 2:
             raise ValueError(f"history[{i}] is no pair: {SHORT.repr(both)}")
         for role, text in zip((USER, ASSISTANT), both, strict=True):
@@ -127,7 +132,7 @@ class Template:
         self.tok = tok
         self.start, self.end = np.array([start], np.uint32), np.array([end], np.uint32)
         self.between = tok.encode_array("\n")
-        self.heads = {role: tok.encode_array(f"{role}\n") for role in set(ROLES.values())}
+        self.head = tok.encode_array(f"{ASSISTANT}\n")
 
     def turn(self, turn: Turn) -> tuple[Ids, NDArray[np.bool_]]:
         """A turn's ids, with the newline after it, and a bool each: what counts.
@@ -138,8 +143,7 @@ class Template:
         ids = self.tok.encode_array(f"{turn.role}\n{turn.content}")
         counts = np.zeros(len(ids) + 2 + len(self.between), dtype=np.bool_)
         if turn.role == ASSISTANT:
-            head = self.heads[ASSISTANT]
-            alike = [a == b for a, b in zip(head, ids, strict=False)]
+            alike = [a == b for a, b in zip(self.head, ids, strict=False)]
             before = alike.index(False) if False in alike else len(alike)
             counts[1 + before : len(ids) + 2] = True
         return np.concatenate([self.start, ids, self.end, self.between]), counts
@@ -153,5 +157,5 @@ class Template:
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """The ids after which the assistant's answer comes."""
-        ids: list[int] = self.encode(turns)[0].tolist()
-        return [*ids, int(self.start[0]), *self.tok.encode(f"{ASSISTANT}\n")]
+        ids: list[int] = np.concatenate([self.encode(turns)[0], self.start, self.head]).tolist()
+        return ids

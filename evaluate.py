@@ -8,6 +8,8 @@ hellaswag  accuracy in choosing how a text goes on (arXiv 1905.07830), 10,042
            items
 lambada    accuracy in guessing a text's last word (arXiv 1606.06031; OpenAI's
            version), 5,153 items
+chat       loss on the answers of conversations, and how many of them the model
+           gives word for word when it always takes the likeliest token
 
 Results go to stdout as JSON, and to stderr as a line of a Markdown table. With
 --out=PATH the JSON goes to that file and has every item's scores, too.
@@ -40,10 +42,12 @@ if __name__ == "__main__":  # the other imports take seconds
 import json
 import math
 import os
+import random
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 # Before torch loads OpenMP, as in train.py, for the sake of other programs.
@@ -60,17 +64,20 @@ from run import script
 from run.gpu import unused_gpu
 from run.machine import Machine, choose_attention, describe, find_machine
 from run.settings import at_least, check_folder, check_model
+from text.batches import open_split
+from text.chat import Template, conversation, own_template, with_chat
 from text.files import path_of, read_text, write
-from text.tokenizer import Tokenizer, get_tokenizer, well_formed
-from text.tokens import TokenData, read_meta, split_files
+from text.tokenizer import Tokenizer, of_dataset, well_formed
+from text.tokens import BEGINS, ID, TokenData, read_meta, split_files
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is measured
 init_from = "resume"  # resume, PATH (.pt, .shards), hf:FOLDER or hf:USER/NAME
-task = "val"  # val, text, hellaswag, lambada
-dataset = ""  # of val: folder under data/, or a path with a slash; empty = the one trained on
-file = ""  # the text; or hellaswag's, lambada's items as .jsonl, empty = from the Hub
-limit = 0  # of hellaswag, lambada: only so many items, the first; 0 = all
+task = "val"  # val, text, chat, hellaswag, lambada
+dataset = ""  # of val, chat: folder under data/, or a path with a slash; empty = that trained on
+split = "val"  # of chat's dataset: val, train
+file = ""  # the text; or chat's, hellaswag's, lambada's items as .jsonl, empty = from the Hub
+limit = 0  # only so many items: of hellaswag, lambada the first, of chat drawn; 0 = all
 stride = 0  # of text: tokens that the window moves by; 0 = half the model's context
 out = ""  # file for the JSON, with every item's scores; empty = stdout, without them
 # machine
@@ -79,11 +86,13 @@ device = "auto"  # auto, cpu, mps, cuda, cuda:1
 dtype = "float32"  # float32, bfloat16, float16, auto; the harness's scores are float32's
 
 IDLE = {  # settings that are another task's
-    "val": ("file", "limit", "stride"),
-    "text": ("dataset", "limit"),
-    "hellaswag": ("dataset", "stride"),
-    "lambada": ("dataset", "stride"),
+    "val": ("file", "limit", "stride", "split"),
+    "text": ("dataset", "limit", "split"),
+    "chat": ("stride",),
+    "hellaswag": ("dataset", "stride", "split"),
+    "lambada": ("dataset", "stride", "split"),
 }
+DRAW = 2357  # the seed of what is drawn of conversations
 HUB = {  # name, configuration and split of what lm-evaluation-harness uses
     "hellaswag": ("Rowan/hellaswag", None, "validation"),
     "lambada": ("EleutherAI/lambada_openai", "default", "test"),
@@ -146,16 +155,13 @@ def stream_results(scores: list[list[Score]], tokens: int, nbytes: int) -> dict[
 
 def run_val(found: Pretrained, machine: Machine) -> dict[str, Any]:
     """Loss on the whole validation split; each token but the first is predicted once."""
-    config = found.state.get("config") or {}
-    name = dataset or str(config.get("dataset") or "")
-    if not name:
-        raise ValueError(f"{found.path} does not tell its dataset; write --dataset=NAME")
-    folder = check_folder(name)
-    size = found.model.config
+    folder, size = dataset_of(found), found.model.config
     meta = read_meta(folder)
+    if "chat" in meta:
+        raise ValueError(f"{folder} holds conversations; write --task=chat")
     if "parts" not in meta:
         split_files(folder, "val")  # raises when there is none
-    theirs = get_tokenizer(meta["tokenizer"], folder)
+    theirs = of_dataset(meta, folder)
     if problem := pretrained.mismatch(theirs, found.tok):
         raise ValueError(f"{found.path} {problem} ({folder}); choose another --dataset")
     data = TokenData(folder, "val", 1, size.vocab_size)
@@ -164,6 +170,15 @@ def run_val(found: Pretrained, machine: Machine) -> dict[str, Any]:
     scores = measure(found, sliding(ids, window, window), size.vocab_size, machine)
     nbytes = data.nbytes or token_bytes(ids, found.tok)
     return {"data": str(folder), **stream_results(scores, len(ids) - 1, nbytes)}
+
+
+def dataset_of(found: Pretrained) -> Path:
+    """The folder of the dataset that is set, or that a model was trained on."""
+    config = found.state.get("config") or {}
+    name = dataset or str(config.get("dataset") or "")
+    if not name:
+        raise ValueError(f"{found.path} does not tell its dataset; write --dataset=NAME")
+    return check_folder(name)
 
 
 def token_bytes(ids: Ids, tok: Tokenizer) -> int:
@@ -247,7 +262,79 @@ def run_lambada(found: Pretrained, machine: Machine) -> dict[str, Any]:
     }
 
 
-TASKS = {"val": run_val, "text": run_text, "hellaswag": run_hellaswag, "lambada": run_lambada}
+def run_chat(found: Pretrained, machine: Machine) -> dict[str, Any]:
+    """Loss on the answers of conversations, and how many a greedy model gives word for word."""
+    tok = found.tok
+    if not tok.chat and not own_template(tok):
+        raise ValueError(f"{found.path} was not taught to answer; fine-tune it first")
+    tok = tok if tok.chat else with_chat(tok)
+    where, conversations = conversations_of(found, tok)
+    if limit and limit < len(conversations):
+        chosen = sorted(random.Random(DRAW).sample(range(len(conversations)), limit))
+        conversations = [conversations[i] for i in chosen]
+    window, asked = found.model.config.max_position_embeddings, list[list[Question]]()
+    left_out = 0
+    for ids, counts in conversations:
+        edges = np.flatnonzero(np.diff(counts.astype(np.int8), prepend=0, append=0))
+        pairs = [(int(a), int(b)) for a, b in edges.reshape(-1, 2) if a]
+        fit = [(a, b) for a, b in pairs if b - a <= window]
+        left_out += len(pairs) - len(fit)
+        asked.append(
+            [Question(ids[max(0, b - window - 1) : a], [ids[a:b].astype(np.int64)]) for a, b in fit]
+        )
+    questions = [q for parts in asked for q in parts]
+    if not questions:
+        raise ValueError(f"{where} has no answer that fits in a context of {window} tokens")
+    scores = measure(found, questions, tok.vocab_size, machine)
+    right = [one.greedy for [one] in scores]
+    firsts = np.cumsum([0, *map(len, asked)])[:-1]
+    texts = [tok.decode(q.answers[0].tolist()) for q in questions]
+    results = stream_results(
+        scores, sum(len(q.answers[0]) for q in questions), sum(len(t.encode()) for t in texts)
+    )
+    return {
+        "data": where,
+        "conversations": len(asked),
+        "answers": len(questions),
+        **({"left_out": left_out} if left_out else {}),
+        **results,
+        **share("exact", right),
+        **share("exact_first", [right[i] for i, q in zip(firsts, asked, strict=True) if q]),
+        "records": [
+            {"answer": text, "loglikelihood": one.loglikelihood, "exact": one.greedy}
+            for text, [one] in zip(texts, scores, strict=True)
+        ],
+    }
+
+
+def conversations_of(found: Pretrained, tok: Tokenizer) -> tuple[str, list[tuple[Ids, Ids]]]:
+    """Where the conversations are from, and the ids of each with a mark on those that count."""
+    if file:
+        template, path = Template(tok), path_of(file)
+        made: list[tuple[Ids, Ids]] = []
+        for number, item in items_of(path):
+            try:
+                ids, counts, _ = template.encode(conversation(item))
+            except ValueError as e:
+                raise ValueError(f"{path} line {number}: {e}") from e
+            made.append((ids, counts))
+        return str(path), made
+    folder = dataset_of(found)
+    meta = read_meta(folder)
+    if "chat" not in meta:
+        raise ValueError(f"{folder} holds text; choose a --dataset of conversations, or a --file")
+    if problem := pretrained.mismatch(of_dataset(meta, folder), tok):
+        raise ValueError(f"{found.path} {problem} ({folder}); choose another --dataset")
+    data = open_split(folder, split, found.model.config.max_position_embeddings, tok.vocab_size)
+    stream = data.ids[0] if len(data.ids) == 1 else np.concatenate(data.ids)
+    parts = np.split(stream, np.flatnonzero(stream & BEGINS)[1:])
+    return f"{folder}, {split}", [(part & ID, part >> 31 > 0) for part in parts]
+
+
+TASKS = {
+    **{"val": run_val, "text": run_text, "chat": run_chat},
+    **{"hellaswag": run_hellaswag, "lambada": run_lambada},
+}
 
 
 # --- files
@@ -280,22 +367,31 @@ def read_items(check: Callable[[dict[str, Any]], str]) -> tuple[str, list[dict[s
         return hub_items(*HUB[task])
     path = path_of(file)
     items: list[dict[str, Any]] = []
+    for number, item in items_of(path):
+        if limit and len(items) == limit:
+            break
+        if problem := check(item):
+            raise ValueError(f"{path} line {number}: {problem}; this is no item of {task}")
+        items.append(item)
+    return str(path), items
+
+
+def items_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a .jsonl, with the numbers of their lines. Raises ValueError."""
+    seen = False
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        if limit and len(items) == limit:
-            break
         try:
             item = json.loads(line)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{path} line {number} is not JSON ({e})") from e
-        problem = check(item) if isinstance(item, dict) else "not an object"
-        if problem:
-            raise ValueError(f"{path} line {number}: {problem}; this is no item of {task}")
-        items.append(item)
-    if not items:
+        if not isinstance(item, dict):
+            raise ValueError(f"{path} line {number}: not an object; this is no item of {task}")
+        seen = True
+        yield number, item
+    if not seen:
         raise ValueError(f"{path} has no items")
-    return str(path), items
 
 
 def hub_items(name: str, configuration: str | None, split: str) -> tuple[str, list[dict[str, Any]]]:
@@ -341,6 +437,10 @@ def check() -> None:
     if task not in TASKS:
         raise ValueError(f"task must be {', '.join(TASKS)}, not {task!r}")
     refuse(f"with task={task}", *IDLE[task])
+    if task == "chat" and file:
+        refuse("beside --file", "dataset", "split")
+    if split not in ("val", "train"):
+        raise ValueError(f"split must be val or train, not {split!r}")
     if init_from != "resume":
         refuse(f"with init_from={init_from}", "out_dir")
     at_least(settings_of(globals()), limit=0, stride=0, batch_size=1)

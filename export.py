@@ -146,13 +146,10 @@ def model_card(
     splits = state["data"] if isinstance(state.get("data"), dict) else {}
     lines = ["---", f"license: {json.dumps(license)}", "library_name: transformers"]
     lines += ["pipeline_tag: text-generation", "tags: [easygpt]", "---", "", f"# {name}", ""]
-    lines += [
-        f"A language model of {parameters:,} parameters. It continues text; it was not taught"
-    ]
-    lines += [
-        "to follow instructions or to be safe. Number type of the weights: " + dtype + ".",
-        "",
-    ]
+    does = "continues text; it was not taught to follow instructions or to be safe"
+    does = "answers in conversations; it was not taught to be safe" if tok.chat else does
+    lines += [f"A language model of {parameters:,} parameters. It {does}."]
+    lines += [f"Number type of the weights: {dtype}.", ""]
     lines += table("model", {k: v for k, v in asdict(config).items() if k != "dropout"})
     lines += table("tokenizer", {"kind": tok.name, "ids": tok.vocab_size, "end of text": tok.eot})
     if "dataset" in settings:
@@ -177,16 +174,14 @@ def model_card(
         ]
     lines += ["```python", "from transformers import pipeline", ""]
     lines += [f'write = pipeline("text-generation", model="{push or "PATH OF THIS FOLDER"}")']
-    lines += [
-        'print(write("Once upon a time", max_new_tokens=100)[0]["generated_text"])',
-        "```",
-        "",
-    ]
+    prompt = '"Once upon a time"'
+    prompt = '[{"role": "user", "content": "What is 2 + 2?"}]' if tok.chat else prompt
+    lines += [f'print(write({prompt}, max_new_tokens=100)[0]["generated_text"])', "```", ""]
     if pretrained.trained(state):
         lines += [
             "In training documents were separated by end-of-text, so a new one starts from it."
         ]
-    if not tok.stated.get("tokenizer"):
+    if not tok.stated.get("tokenizer") and not tok.chat:
         lines += [
             "`<|endoftext|>` and its like in a text are read as text (`split_special_tokens`)."
         ]

@@ -248,13 +248,13 @@ class CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(logits, targets, counts, lse)
         ctx.spend = spend
         losses = lse - logits.gather(1, targets[:, None])[:, 0]
-        return (losses * counts).sum() / counts.sum()
+        return (losses * counts).sum() / counts.sum().clamp(min=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Softmax less 1 at the target, times what the loss is worth."""
         logits, targets, counts, lse = ctx.saved_tensors
-        share = (counts * (grad / counts.sum()))[:, None]
+        share = (counts * (grad / counts.sum().clamp(min=1)))[:, None]
         if torch.compiler.is_compiling():
             return (slope(logits, lse[:, None], targets) * share).to(logits.dtype), None, None
         found = logits if ctx.spend else torch.empty_like(logits)

@@ -1,7 +1,8 @@
 """Text from a model: python sample.py --out_dir=out --start="Once upon a time"
 
 Text goes to stdout as it is made, everything else to stderr. --interactive asks
-for prompts; Ctrl-C then ends an answer, and at the prompt the program.
+for prompts, --chat holds a conversation with a model that was taught to answer;
+Ctrl-C then ends an answer, and at the prompt the program.
 """
 
 from run import interrupt
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 # Before torch loads OpenMP, as in train.py: beside another program text then comes much faster.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -32,6 +34,8 @@ from run.compiling import why_not_compile
 from run.gpu import unused_gpu
 from run.machine import Machine, choose_attention, describe, find_machine
 from run.settings import at_least, check_model
+from run.talk import Talk
+from text.chat import never, own_template, with_chat
 from text.files import path_of, printable, read_text
 from text.tokenizer import StreamDecoder, Tokenizer
 
@@ -42,6 +46,8 @@ start = ""  # the prompt; FILE:path reads it from a file; empty = a new document
 num_samples = 3  # texts made
 max_new_tokens = 300  # tokens in each
 interactive = False  # ask for prompts until an empty line or Ctrl-D
+chat = False  # a conversation; a question that a pipe brings is answered alone
+system = ""  # of a conversation: what it begins with, such as "Answer in one word."
 # how
 temperature = 0.8  # 0 = always the likeliest token; 1 = as the model has it
 top_k = 200  # draw among the k likeliest; 0 = off
@@ -95,6 +101,7 @@ class Writer:
 
     def __init__(self, tok: Tokenizer, heads: Sequence[str]) -> None:
         self.tok, self.count = tok, 0
+        self.said: list[int] = []  # the tokens of the first text
         self.decoders = [StreamDecoder(tok) for _ in heads]
         self.waiting = list(heads)  # what is to be printed of each, with what stands before it
         self.going = set(range(len(heads)))
@@ -108,6 +115,7 @@ class Writer:
                 self.end(row)
             else:
                 self.count += 1
+                self.said += [tokens[row]] * (row == 0)
                 self.waiting[row] += self.decoders[row].push(tokens[row])
         self.print()
 
@@ -131,12 +139,16 @@ class Writer:
         self.print()
 
 
-def prompts() -> Iterator[tuple[str, int]]:
-    """The prompts to answer and in how many texts: `start`, or what is typed."""
+def prompts(tok: Tokenizer, model: GPT, talk: Talk | None) -> Iterator[tuple[str, list[int], int]]:
+    """The prompts to answer, with their ids, and in how many texts: `start`, or what is typed."""
+    if talk:
+        for ids in talk.questions():
+            yield "", ids, 1
+        return
     if not interactive:
         text = read_prompt(start)
         for first in range(0, num_samples, BATCH):
-            yield text, min(BATCH, num_samples - first)
+            yield text, prompt_ids(tok, text, model), min(BATCH, num_samples - first)
         return
     print("a prompt and Enter; an empty line ends", file=sys.stderr)
     while True:
@@ -144,7 +156,7 @@ def prompts() -> Iterator[tuple[str, int]]:
         line = sys.stdin.readline().rstrip("\n")
         if not line:
             return
-        yield line, 1
+        yield line, prompt_ids(tok, line, model), 1
 
 
 def prepare(model: GPT, machine: Machine) -> Machine:
@@ -198,6 +210,10 @@ def check() -> None:
         refuse(f"with init_from={init_from}", "out_dir")
     if interactive:
         refuse("with interactive=True, which asks for prompts", "start", "num_samples")
+    if chat:
+        refuse("with chat=True, which asks", "start", "num_samples", "interactive")
+    else:
+        refuse("without --chat=True", "system")
     if temperature == 0:
         how = ("top_k", "top_p", "min_p", "seed")
         refuse("with temperature=0, which draws nothing", *how)
@@ -209,7 +225,7 @@ def check() -> None:
 
 def main() -> None:
     check()
-    if not interactive:
+    if not interactive and not chat:
         read_prompt(start)
     machine = find_machine(device, dtype)
     on = machine.device.type
@@ -220,14 +236,26 @@ def main() -> None:
     path, model, tok, _, lines = pretrained.load(init_from, out_dir)
     for line in lines:
         print(line, file=sys.stderr)
+    talk = talk_with(path, model, tok) if chat else None
     machine = prepare(model, machine)
     kind = f"{quantize + ' and ' if quantize else ''}{machine.dtype}".replace("torch.", "")
     print(f"{path}, {tok.name} tokens, {kind}, {describe(machine.device)}", file=sys.stderr)
-    answer(model, tok, machine)
+    answer(model, talk.tok if talk else tok, machine, talk)
+
+
+def talk_with(path: Path, model: GPT, tok: Tokenizer) -> Talk:
+    """A conversation with a model. Raises ValueError for one that was not taught to answer."""
+    if not tok.chat and not own_template(tok):
+        raise ValueError(
+            f"{path} goes on with a text, it was not taught to answer: fine-tune it with "
+            "config/finetune_chat.py, or leave --chat out"
+        )
+    tok = tok if tok.chat else with_chat(tok)
+    return Talk(tok, model.config.max_position_embeddings, max_new_tokens, read_prompt(system))
 
 
 @torch.inference_mode()
-def answer(model: GPT, tok: Tokenizer, machine: Machine) -> None:
+def answer(model: GPT, tok: Tokenizer, machine: Machine, talk: Talk | None) -> None:
     """Print the texts of every prompt, and how fast they came."""
     generator = torch.Generator(machine.device).manual_seed(seed)
     made, took_s = 0, 0.0
@@ -237,28 +265,31 @@ def answer(model: GPT, tok: Tokenizer, machine: Machine) -> None:
     if cannot and not on_gpu:
         print(f"not compiled: {cannot}", file=sys.stderr)
     greedy = temperature == 0 or top_k == 1
-    for i, (text, texts) in enumerate(prompts()):
+    context = model.config.max_position_embeddings
+    for i, (text, prompt, texts) in enumerate(prompts(tok, model, talk)):
+        writer = None
         try:
             rows = 1 if greedy else texts  # of equal texts one is made
-            ids = torch.tensor([prompt_ids(tok, text, model)] * rows, device=machine.device)
-            length = cache_length(
-                ids.size(1) + max_new_tokens, model.config.max_position_embeddings
-            )
+            ids = torch.tensor([prompt] * rows, device=machine.device)
+            most = min(max_new_tokens, context - len(prompt)) if talk else max_new_tokens
+            length = cache_length(ids.size(1) + most, context)
             if compile and (on_gpu or not cannot) and (length, rows) not in compiled:
                 cannot = compile_for(model, length, rows, cannot)
                 compiled.add((length, rows))
-            heads = [LINE * (i + row > 0 and not interactive) + text for row in range(texts)]
+            apart = i > 0 and not interactive and not talk
+            heads = [LINE * (apart or row > 0) + text for row in range(texts)]
             t0 = time.perf_counter()
             tokens = stream(
                 model,
                 ids,
-                max_new_tokens,
+                most,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
                 min_p=min_p,
                 repetition_penalty=repetition_penalty,
                 vocab_size=tok.vocab_size,
+                never=never(tok, chat),
                 generator=generator,
             )
             with contextlib.closing(Writer(tok, heads)) as writer:
@@ -269,8 +300,11 @@ def answer(model: GPT, tok: Tokenizer, machine: Machine) -> None:
             made += writer.count * rows // texts
             took_s += time.perf_counter() - t0
         except KeyboardInterrupt:  # which ends an answer alone
-            if not interactive:
+            if not interactive and not (talk and sys.stdin.isatty()):
                 raise
+        finally:
+            if talk and writer:
+                talk.heard(tok.decode(writer.said))
     print(f"{made} tokens, {made / max(took_s, 1e-9):.1f} tokens/s", file=sys.stderr)
 
 

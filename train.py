@@ -56,9 +56,9 @@ from run.start import Start, contents, find_start, model_as_set, source_of
 from run.stop import Stop, Stopped
 from run.team import in_team, join, one_voice, run_team
 from text import files
-from text.batches import TrainLoader, TrainOrder, key_of
-from text.tokenizer import get_tokenizer
-from text.tokens import TokenData, read_meta, taken_for
+from text.batches import TrainLoader, key_of, open_split, order_of
+from text.tokenizer import of_dataset
+from text.tokens import read_meta, taken_for
 
 # the run
 out_dir = "out"  # folder where checkpoints and logs go
@@ -135,18 +135,16 @@ world_size = 1  # cards to plan for, with a card's name as the device
 def micro_step(
     net: nn.Module,
     batch: tuple[Tensor, Tensor],
-    count: int,
+    divisor: float,
     machine: Machine,
     scaler: torch.amp.GradScaler,
 ) -> Tensor:
-    """Forward and backward of one of `count` micro-batches: its mean loss, (), without a graph."""
+    """Forward and backward of a micro-batch: its mean loss, (), without a graph."""
     with machine.autocast:
         loss: Tensor = net(*batch, loss_only=True)[1]
-    # The loss is a mean over the tokens of the micro-batch that count. Gradients add up over
-    # micro-batches, which are all of one size, so each is divided by their number: the sum is then
-    # the gradient of the mean over the whole step, whatever the micro-batch is. (Data where fewer
-    # tokens count in some windows need weights, here and where main takes the mean.)
-    scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+    # Gradients add up over micro-batches, each divided by their number, or as its counted tokens
+    # weigh: the sum is the gradient of the mean over the whole step, whatever the micro-batch is.
+    scaler.scale(loss / divisor).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 
@@ -172,7 +170,7 @@ def main() -> None:
         check_sharded(parallel, machine.dtype, sample_prompt)
     out, data = run_folder(out_dir), check_folder(dataset)
     meta, curve = read_meta(data), read_curve(reference)
-    tok = get_tokenizer(meta["tokenizer"], data)
+    tok = of_dataset(meta, data)
     as_set = model_as_set(settings, meta)
     source = source_of(init_from, out)
     if rank == 0 and (line := folder.claim(out, source, overwrite)):
@@ -182,14 +180,14 @@ def main() -> None:
     now = {"config": settings, "data": meta["splits"], "dtype": str(machine.dtype)}
     start = Start(as_set)
     if rank == 0:
-        start = find_start(source, out, as_set, batch_size, whole=not sharded)
+        start = find_start(source, out, as_set, batch_size, tok, whole=not sharded)
         tok = start.check(as_set, tok, now, typed())
     start = start.shared(team, sharded)
     state, context = start.state, start.config.max_position_embeddings
     windows = windows_of_rank(tokens_per_step, context, ranks)
-    train_data = TokenData(data, "train", context, start.config.vocab_size)
-    val_data = TokenData(data, "val", context, start.config.vocab_size)
-    order = TrainOrder(train_data.tokens, context, tokens_per_step, seed)
+    train_data = open_split(data, "train", context, start.config.vocab_size)
+    val_data = open_split(data, "val", context, start.config.vocab_size)
+    order = order_of(train_data, tokens_per_step, seed)
     loader = TrainLoader(train_data, order, rank, ranks, machine.device)
     stop.data = train_data  # looked at before each micro-step
     evaluation = Evaluation(val_data, windows_to_read(settings), machine.device, team)
@@ -237,7 +235,7 @@ def main() -> None:
         say(f"run      {micro.note}")
     if decay_lr and schedule.warmup < warmup_iters:
         say(f"run      warmup_iters={schedule.warmup}, not {warmup_iters}: a tenth of the decay")
-    if line := taken_for(data, train_data.ids[0]):
+    if line := train_data.said or taken_for(data, train_data.ids[0]):
         say(f"data     {line}")
     if eval_iters or evaluation.count < evaluation.windows:
         say(f"run      {evaluation.line(eval_iters)}")
@@ -301,21 +299,23 @@ def main() -> None:
                     for i, last in attempt.steps():
                         set_sync(net, last, micro.count == 1)  # gradients travel with the last
                         batch = loader.batch(step, i, micro.size)
-                        mean += micro_step(net, batch, micro.count, machine, scaler)
-                    mean /= micro.count  # they are all of one size
+                        divisor = loader.divisor(step, i, micro.size)
+                        loss = micro_step(net, batch, divisor, machine, scaler)
+                        mean += loss * (micro.count / divisor)
+                    mean /= micro.count
             scaler.unscale_(optimizer)
             norm = optim.clip_gradients(model, grad_clip)
             mean = team.sum(mean) / ranks
-            loss, grad_norm = torch.stack((mean, norm)).tolist()  # the step's one wait
-            if health.is_good(step, loss, grad_norm):
+            step_loss, grad_norm = torch.stack((mean, norm)).tolist()  # the step's one wait
+            if health.is_good(step, step_loss, grad_norm):
                 scaler.step(optimizer)
             elif health.is_hopeless():
                 starts = order.starts(step, 0, tokens_per_step // context).tolist()
-                health.give_up(out, step, loss, grad_norm, starts, saver, team)
+                health.give_up(out, step, step_loss, grad_norm, starts, saver, team)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             state.iter_num += 1
-            log.update(step, loss, rate, grad_norm)
+            log.update(step, step_loss, rate, grad_norm)
     except Stopped:
         pass  # the unfinished step or evaluation is done again by the resumed run
 

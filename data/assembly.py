@@ -18,6 +18,7 @@ from data.workers import COPY, MARK, TokenFile, index_of, read_tokens, token_typ
 from text.files import write
 from text.split import Ints, Split, cut_at, is_uneven, split_parts, val_share
 from text.tokenizer import StreamDecoder, Tokenizer
+from text.tokens import ID
 
 TOO_LITTLE = "the source is one document of a word or two: too little to split"
 NEAR = 4096  # tokens in which a new line is looked for, to cut a document there
@@ -38,7 +39,7 @@ def assemble(
     all; fraction and seed of the split as in text/split.py. A run that was killed goes on where it
     was. Raises ValueError for damaged parts, and for a source with nothing to split.
     """
-    dtype = token_type(tok.vocab_size)
+    dtype = token_type(tok)
     paths = [work / f"{number:05d}.bin" for number in facts]
     tables = [index_of(work, number, f) for number, f in facts.items()]
     val_from = first_for_validation(facts.values())
@@ -56,7 +57,9 @@ def assemble(
         for path, one in zip(paths, facts.values(), strict=True):
             if path.stat().st_size != one["tokens"] * np.dtype(dtype).itemsize:
                 raise ValueError(f"{path} is damaged: delete {work}")
-    cut = cut_at(lengths, fraction, seed) if val_from is None else 0
+    if documents == 1 and tok.chat and val_from is None:
+        raise ValueError("the source is one conversation: too little to split")
+    cut = cut_at(lengths, fraction, seed) if val_from is None and not tok.chat else 0
     if documents == 1 and not cut and val_from is None:
         raise ValueError(TOO_LITTLE)
     if cut:
@@ -83,7 +86,8 @@ def assemble(
         },
         "val": {"documents": len(split.val), "bytes": val_bytes},
     }
-    splits = {name: {**file_facts(work / f"{name}.bin", dtype), **known[name]} for name in known}
+    found = {name: file_facts(work / f"{name}.bin", dtype, chat=bool(tok.chat)) for name in known}
+    splits = {name: {**found[name], **known[name]} for name in known}
     if val_from is not None:
         return {"splits": splits}
     if is_uneven(lengths, split.chosen, fraction):
@@ -189,7 +193,7 @@ def split_end(
     Inside a document that is from a new line on if one is near, else between two characters, and
     both sides end with end-of-text. Raises ValueError when there is too little to cut.
     """
-    dtype = token_type(tok.vocab_size)
+    dtype = token_type(tok)
     eot = np.array([tok.eot], dtype=dtype)
     marker, train, val = work / "assembly.json", work / "train.bin", work / "val.bin"
     table = np.concatenate(tables)
@@ -256,21 +260,25 @@ def tokens_from(paths: list[Path], before: Ints, dtype: str, start: int, stop: i
     return np.concatenate(found)
 
 
-def file_facts(path: Path, dtype: str, skip: int = 0) -> dict[str, Any]:
+def file_facts(path: Path, dtype: str, skip: int = 0, chat: bool = False) -> dict[str, Any]:
     """Tokens, sha256 and largest id of a token file; the ids begin after `skip` of header.
 
+    chat: it holds conversations, of which it is also said how many tokens count.
     Raises ValueError when the last token is not whole.
     """
-    sha256, largest = hashlib.sha256(), 0
+    sha256, largest, counted = hashlib.sha256(), 0, 0
     size, width = path.stat().st_size, np.dtype(dtype).itemsize
     if size % width:
         raise ValueError(f"{path} has {size} bytes, not a multiple of {width}: it is unfinished")
     for ids in read_tokens(path, dtype, 0, size // width):
         sha256.update(ids.data)
+        if chat:
+            counted += int((ids >> 31).sum(dtype=np.int64))
+            ids = ids & np.uint32(ID)
         largest = max(largest, int(ids[skip:].max(initial=0)))
         skip = 0
     facts = {"files": [path.name], "tokens": size // width, "sha256": sha256.hexdigest()}
-    return {**facts, "max_id": largest}
+    return {**facts, "max_id": largest, **({"counted": counted} if chat else {})}
 
 
 def publish(out: Path) -> dict[str, Any]:

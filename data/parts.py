@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from text.chat import Turn
+
 PACKED = (".gz", ".xz", ".zst")
 CONTENTS = {  # what a name may end with, before one of PACKED
     ".txt": "text",
@@ -66,6 +68,7 @@ class Reading:
     template: str = ""  # how a row's columns make a text; empty = the column alone
     separator: str = ""  # between the documents of a text file; empty = a file is one
     encoding: str = ""  # of text files; empty = UTF-8
+    chat: bool = False  # rows are conversations
     split: str = "train"  # of what lies in an archive
     val_split: str = ""  # the same, for validation; empty = it is cut from what is for training
 
@@ -97,6 +100,14 @@ class Source:
     documents: int | None = None  # how many there should be
     said: list[str] = field(default_factory=list)  # what was chosen and what was left out
     left_out: dict[str, list[str]] = field(default_factory=dict)  # files not read, by why
+
+
+class Conversation(NamedTuple):
+    """A row that is a conversation."""
+
+    turns: list[Turn]
+    where: str  # its name for messages
+    columns: tuple[str, ...] = ()  # that it is in
 
 
 class Note(NamedTuple):

@@ -35,6 +35,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,15 +56,26 @@ from data.sniff import (
 from data.splits import no_split
 from data.verify import check_folder
 from data.vocabulary import train_bpe
-from data.workers import BATCH, MARK, Job, check_disk, cores, encode_parts, enough, facts_of
+from data.workers import (
+    BATCH,
+    MARK,
+    Job,
+    check_disk,
+    cores,
+    encode_parts,
+    enough,
+    facts_of,
+    token_type,
+)
 from formats import hub
 from run import script
 from run.folder import Held, Lock
 from run.settings import at_least
 from text import encoding as encodings
 from text import stated
+from text.chat import with_chat
 from text.files import path_of, read_json, write
-from text.tokenizer import Tokenizer, get_tokenizer
+from text.tokenizer import Tokenizer, chat_entry, get_tokenizer
 from text.tokens import dataset_folder
 
 # what
@@ -74,6 +86,7 @@ eot = ""  # token between documents, such as <|im_end|>; empty = what the tokeni
 text_column = "text"  # of files of rows; dots lead inside: data.text
 template = ""  # several columns as one text, such as "{title}\n\n{text}"; \n is a new line
 separator = ""  # between the documents of a text file, such as <|endoftext|>; empty = a file is one
+chat = False  # the rows are conversations: messages, ShareGPT's or Alpaca's, found by looking
 encoding = ""  # of text files, such as gb18030 or utf-8:replace; empty = UTF-8
 subset = ""  # of a dataset that has several, by its card or in the names of its files
 split = "train"  # of a dataset; all = every split is trained on
@@ -127,6 +140,7 @@ def prepare(out: Path, name: str) -> None:
     begun = {"plan": plan, "revision": found.revision, "overwrite": anew}
     write(work / "plan.json", json.dumps(begun), MARK)
     tok = load_tokenizer(name, found, work)
+    tok = with_chat(tok) if chat else tok
     for path in work.glob("*.tmp"):  # of a run that was killed
         if "/" not in shards:
             path.unlink(missing_ok=True)
@@ -140,7 +154,8 @@ def prepare(out: Path, name: str) -> None:
             processes = num_proc or cores()
             check_disk(out, [*todo.values()], name, most, processes)
             job_name = tok.name if tok.json_text is None else "tokenizer.json"
-            job = Job(str(work), job_name, tok.json_text, tok.eot, how, skip_bad, most)
+            entry = chat_entry(tok.chat) if tok.chat else None
+            job = Job(str(work), job_name, tok.json_text, tok.eot, entry, how, skip_bad, most)
             if (work / "assembly.json").exists():
                 raise ValueError(f"{source} is not what it was; start over with --overwrite=True")
             encode_parts(todo, have, job, processes, chosen)
@@ -171,11 +186,12 @@ def reading() -> Reading:
     """The settings that say how texts are read. Raises ValueError for one that cannot be."""
     if encoding:
         encodings.check(encoding)
-    how = Reading(
-        text_column, unescaped(template), unescaped(separator), encoding, split, val_split
-    )
+    texts = text_column, unescaped(template), unescaped(separator), encoding
+    how = Reading(*texts, chat, split, val_split)
     if template:
         template_fields(how.template)
+    if chat:
+        refuse("with --chat=True, which finds the columns", "text_column", "template")
     return how
 
 
@@ -189,7 +205,8 @@ def request(name: str) -> dict[str, Any]:
     """The settings that a dataset's bytes depend on; some only where they are set."""
     what = {"source": source, "subset": subset, "split": split, "revision": revision}
     what |= {"tokenizer": name, "text_column": text_column, "separator": separator}
-    newer = {"eot": eot, "template": template, "encoding": encoding, "val_split": val_split}
+    newer: dict[str, Any] = {"eot": eot, "template": template, "encoding": encoding}
+    newer |= {"val_split": val_split, "chat": chat}
     what |= {k: v for k, v in newer.items() if v}  # datasets of before do not have them
     amount = {"max_tokens": max_tokens, "shards": "" if "/" in shards else shards}
     return {**what, **amount, "val_fraction": val_fraction, "seed": seed}
@@ -308,7 +325,9 @@ def load_tokenizer(name: str, found: Source, work: Path) -> Tokenizer:
             raise ValueError(f"tokenizer must be like train:8192, not {name!r}")
         if not kept.exists():
             folder = work / "tokenizer.hub"
-            text = train_bpe(found, int(name[6:]), reading(), folder, skip_bad)
+            how = reading()  # the embedded corpus has the same tokens for its conversations
+            how = replace(how, chat=False) if source == "stdlib" else how
+            text = train_bpe(found, int(name[6:]), how, folder, skip_bad)
             write(kept, text, MARK)
         return get_tokenizer(str(kept))
     if name in NAMES:
@@ -337,13 +356,15 @@ def description(found: Source, tok: Tokenizer, name: str) -> dict[str, Any]:
         "tokenizer": tok.name,
         "vocab_size": tok.vocab_size,
         "eot": tok.eot,
-        "dtype": "uint16" if tok.vocab_size <= 2**16 else "uint32",
+        "dtype": np.dtype(token_type(tok)).name,
         "source": source,
         "revision": found.revision,
         "split_seed": seed,
         "fingerprint": fingerprint(found),
         "request": request(name),
     }
+    if tok.chat:
+        meta["chat"] = chat_entry(tok.chat)
     if tok.json_text is not None:
         meta["tokenizer_sha256"] = hashlib.sha256(tok.json_text.encode()).hexdigest()
     return meta
@@ -396,8 +417,10 @@ def finish(
     used = sum(meta["splits"][s]["tokens"] for s in ("train", *(() if val_split else ("val",))))
     if limit and used > 2 * limit:
         print(f"max_tokens={max_tokens}, but documents are taken whole: there are {used:,}")
+    what = "conversations" if chat else "documents"
     for s, f in meta["splits"].items():
-        print(f"{out / s}.bin: {f['tokens']:,} tokens, {f['documents']:,} documents")
+        counted = f", {f['counted']:,} of them count" if chat else ""
+        print(f"{out / s}.bin: {f['tokens']:,} tokens{counted}, {f['documents']:,} {what}")
 
 
 def refuse_empty(work: Path, facts: dict[int, Any], found: Source, notes: dict[str, Any]) -> None:
@@ -493,6 +516,8 @@ def with_a_way_on() -> Iterator[None]:
 
 def dataset_name() -> str:
     """What the dataset of a source is called: as its folder or file, or as the Hub's repository."""
+    if source == "stdlib" and chat:  # beside the text of the same source
+        return "stdlib_chat"
     where = path_of(source.removeprefix("hub:"))
     while glob.has_magic(where.name):
         where = where.parent

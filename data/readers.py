@@ -22,6 +22,7 @@ from data.parts import (
     DAMAGE,
     MIB,
     BadData,
+    Conversation,
     Note,
     Part,
     Reading,
@@ -29,8 +30,9 @@ from data.parts import (
     content,
     kind,
 )
-from data.stdlib import stdlib_documents
+from data.stdlib import stdlib_conversations, stdlib_documents
 from text import encoding
+from text.chat import CHAT_COLUMNS, columns_of, conversation, conversation_columns
 from text.files import utf8_decoder
 
 MAX_LINE = 64 * MIB  # bytes of one .jsonl line, or of one text of a .parquet or .arrow
@@ -42,11 +44,12 @@ NO_QUOTES = "a .tsv has no fields in quotes: name it .csv if this one has"
 AS_THEY_ARE = f".tsv read with the quotes around fields ({NO_QUOTES})"
 UTF8 = "read as UTF-8, which they are"
 EMPTY = "empty texts, each a document of end-of-text alone"
-SAID = (UTF8, AS_THEY_ARE, EMPTY, splits.MAY_SAY)  # notes that begin so: nothing is left out
+TALKS = "conversations by the column"
+SAID = (UTF8, AS_THEY_ARE, EMPTY, TALKS, splits.MAY_SAY)  # notes that begin so: nothing is left out
 ROWS = "files of rows in archives"  # of a note that tells that a column was asked for
 
-# What a reader yields: a text, a text in blocks (a long file), damage, or a note.
-Document = str | Iterator[str] | BadData | Note
+# What a reader yields: a text, a text in blocks (a long file), a conversation, damage, or a note.
+Document = str | Iterator[str] | Conversation | BadData | Note
 
 
 def documents(part: Part, reading: Reading, folder: Path) -> Iterator[Document]:
@@ -56,7 +59,10 @@ def documents(part: Part, reading: Reading, folder: Path) -> Iterator[Document]:
     where a Hub file is put; it is deleted when it has been read. Raises ValueError when the
     column is not there, FileNotFoundError, and OSError when a download fails.
     """
-    if not part.files:
+    if not part.files and reading.chat:
+        for number, turns in enumerate(stdlib_conversations(), 1):
+            yield Conversation(turns, f"conversation {number}")
+    elif not part.files:
         yield from stdlib_documents()
     elif part.repo:
         path, ours = fetch(part, folder)
@@ -98,7 +104,9 @@ def stream_documents(
         if read_as != name:
             yield Note(f"{UTF8}, not in {name}", where)
         f = io.BufferedReader(encoding.AsUtf8(f, read_as, where))
-    if what == "text":
+    if what == "text" and reading.chat:
+        yield Note("files of text, which hold no conversations", where)
+    elif what == "text":
         yield from text_documents(f, where, reading.separator)
     elif what == "lines":
         yield from lines_documents(f, where, reading, start, end)
@@ -201,14 +209,26 @@ def template_fields(template: str) -> list[tuple[str, str | None]]:
 
 
 def columns(reading: Reading) -> list[str]:
-    """The columns that a row's text is made of."""
+    """The columns that a row's text is made of; none for conversations, which are found."""
+    if reading.chat:
+        return []
     if not reading.template:
         return [reading.column]
     return [name for _, name in template_fields(reading.template) if name]
 
 
-def text_of(row: Any, reading: Reading, where: str) -> str:
-    """The text of a row, which may itself be one. Raises BadData for null and what is no text."""
+def text_of(row: Any, reading: Reading, where: str) -> str | Conversation:
+    """The text of a row, which may itself be one. Raises BadData for null and what is no text.
+
+    Or its conversation, where rows are some.
+    """
+    if reading.chat:
+        if not isinstance(row, dict):
+            raise BadData(f"{where}: {named(row)} instead of a row with columns")
+        try:
+            return Conversation(conversation(row), where, columns_of(row))
+        except ValueError as e:
+            raise BadData(f"{where}: {e}") from e
     if not reading.template:
         value = row if isinstance(row, str) else value_in(row, reading.column, where)
         if isinstance(value, str):
@@ -278,10 +298,13 @@ def lines_documents(
 
 def line_document(
     line: bytes, where: str, start: int, number: int, reading: Reading
-) -> str | BadData:
+) -> str | Conversation | BadData:
     """The text of a line of JSON, the number-th of a part that begins at byte `start`."""
     try:
-        return text_of(json.loads(line), reading, where)
+        found = text_of(json.loads(line), reading, where)
+        if isinstance(found, Conversation):
+            return found._replace(where=line_name(where, start, number))
+        return found
     except BadData as e:
         return BadData(str(e).replace(where, line_name(where, start, number), 1))
     except UnicodeDecodeError as e:
@@ -502,7 +525,8 @@ def parquet_documents(file: str, reading: Reading, start: int, end: int) -> Iter
     try:
         names = check_columns(file, reading, pyarrow.parquet.read_schema(file))
         # as a dictionary a text that is repeated is in memory once, however hostile the file
-        with pyarrow.parquet.ParquetFile(file, read_dictionary=names) as table:
+        leaves = text_leaves(file, names) if reading.chat else names
+        with pyarrow.parquet.ParquetFile(file, read_dictionary=leaves) as table:
             number = sum(table.metadata.row_group(i).num_rows for i in range(start))
             for i in range(start, end or table.num_row_groups):
                 group = table.metadata.row_group(i)
@@ -544,6 +568,16 @@ def arrow_documents(file: str, reading: Reading) -> Iterator[Document]:
         raise damage(file, e) from e
 
 
+def text_leaves(file: str, names: list[str]) -> list[str]:
+    """The paths of the texts inside a .parquet's columns."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as table:
+        leaves = [table.schema.column(i) for i in range(len(table.schema))]
+    inside = [leaf for leaf in leaves if leaf.path.split(".")[0] in names]
+    return [leaf.path for leaf in inside if leaf.physical_type == "BYTE_ARRAY"]
+
+
 def top_of(schema: Any, column: str) -> str:
     """The column that holds a column with dots in its name, or is called so."""
     return column if column in schema.names else column.split(".")[0]
@@ -561,6 +595,8 @@ def check_columns(file: str, reading: Reading, schema: Any) -> list[str]:
     """The columns that are read. Raises WrongSetting for one that is not there or holds no text."""
     import pyarrow.types as kinds
 
+    if reading.chat:
+        return check_turns(file, schema.names)
     texts = ", ".join(f.name for f in schema if is_text(f.type)) or "none"
     names = columns(reading)
     for name in names:
@@ -588,6 +624,16 @@ def check_columns(file: str, reading: Reading, schema: Any) -> list[str]:
     return names
 
 
+def check_turns(file: str, there: list[str]) -> list[str]:
+    """The columns that conversations are made of. Raises WrongSetting where there are none."""
+    known = [name for name in there if name in CHAT_COLUMNS]
+    try:
+        conversation_columns(known, there)
+    except ValueError as e:
+        raise WrongSetting(f"{file} has no conversations: {e}") from e
+    return known
+
+
 def batch_documents(batch: Any, file: str, reading: Reading, number: int) -> Iterator[Document]:
     """The texts of a batch of rows, one in memory at a time; what is not text is damage.
 
@@ -605,8 +651,10 @@ def batch_documents(batch: Any, file: str, reading: Reading, number: int) -> Ite
         except BadData as e:
             yield e
         else:
-            if len(text) > MAX_LINE:
-                yield BadData(f"{where}: {len(text) // MIB} MiB of text, more than is read")
+            turns = text.turns if isinstance(text, Conversation) else []
+            size = sum(len(t.content) for t in turns) if turns else len(text)
+            if size > MAX_LINE:
+                yield BadData(f"{where}: {size // MIB} MiB of text, more than is read")
             else:
                 yield text
 

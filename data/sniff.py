@@ -30,6 +30,10 @@ def refuse_unfit(name: str, found: Source, reading: Reading) -> None:
     archived = bool(contents & {*ARCHIVES})
     if reading.template:
         refuse("beside --template", "text_column")
+    if reading.chat and contents == {"text"}:
+        raise ValueError(
+            f"{name} holds text, not rows; conversations are .jsonl, .json, .csv, .parquet, .arrow"
+        )
     if contents == {"text"}:
         refuse("on text files, which have no columns", "text_column", "template")
     if not archived and "text" not in contents:

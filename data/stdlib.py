@@ -1,20 +1,44 @@
-"""The embedded corpus: the prose inside every Python installation."""
+"""The embedded corpus: the prose inside every Python installation, and questions about it."""
 
 import ast
 import inspect
 import itertools
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+from text.chat import ASSISTANT, USER, Turn
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# Modules that nobody asks about, and one that repeats another
+NOT_ASKED = {"lib2to3", "idlelib", "turtledemo", "ensurepip", "pydoc_data", "distutils", "ntpath"}
+RENAMED = {"posixpath": "os.path"}
+SHORTEST, LONGEST = 15, 100  # letters of a sentence that is an answer
+SENTENCE = re.compile(r"(.+?[.!?])(?=\s|$)")
+WHAT = (
+    "What does {} do?",
+    "What is {} for?",
+    "Explain {}.",
+    "Can you tell me what {} does?",
+    "I found {} in some code. What does it do?",
+    "Describe {} in a sentence.",
+    "What happens when I call {}?",
+    "I want to use {}. What is it good for?",
+)
+HOW = (
+    "What are its arguments?",
+    "Which arguments does it take?",
+    "What do I pass to it?",
+)
+ROUNDS = 4  # conversations about a function
 
 
-def stdlib_documents() -> Iterator[str]:
-    """The help topics of pydoc and the docstrings of the standard library, repeats left out.
+def python_files() -> list[Path]:
+    """The .py files of the standard library, in order.
 
-    Files are read with ast, nothing is imported or run. Raises FileNotFoundError where Python
-    comes without its .py files (the embeddable one for Windows).
+    Raises FileNotFoundError where Python comes without them (the embeddable one for Windows).
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = [
@@ -25,10 +49,18 @@ def stdlib_documents() -> Iterator[str]:
             f"{folder} has no .py files, so this Python has no docstrings to read; "
             "use a full installation, or --source=PATH with a text of your own"
         )
+    return sorted(files, key=lambda p: p.as_posix())
+
+
+def stdlib_documents() -> Iterator[str]:
+    """The help topics of pydoc and the docstrings of the standard library, repeats left out.
+
+    Files are read with ast, nothing is imported or run. Raises as python_files.
+    """
+    files = python_files()
     from pydoc_data.topics import topics
 
     seen = set()
-    files.sort(key=lambda p: p.as_posix())
     for text in itertools.chain((topics[t] for t in sorted(topics)), docstrings(files)):
         text = inspect.cleandoc(text).strip()
         if text and text not in seen:
@@ -36,14 +68,76 @@ def stdlib_documents() -> Iterator[str]:
             yield text
 
 
+def parsed(path: Path) -> ast.Module | None:
+    """What a file of Python says; None for one of the few that are broken on purpose."""
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):
+        return None
+
+
 def docstrings(files: list[Path]) -> Iterator[str]:
     """The docstrings of modules, classes and functions, in the order of the files."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in files:
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError):  # a few files are broken on purpose
+        if (tree := parsed(path)) is None:
             continue
         for node in ast.walk(tree):
             if isinstance(node, kinds) and (text := ast.get_docstring(node)):
                 yield text
+
+
+class Function(NamedTuple):
+    """What is asked about a function of the standard library."""
+
+    name: str  # as one writes it: json.dumps
+    does: str  # the first sentence of its docstring
+    takes: str  # its arguments, as a sentence
+
+
+def functions() -> Iterator[Function]:
+    """The public functions of modules whose docstrings begin with a short sentence."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    seen = set()
+    for path in python_files():
+        parts = [*path.relative_to(folder).with_suffix("").parts]
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if not all(p.isidentifier() and p[0] != "_" for p in parts) or {*parts} & NOT_ASKED:
+            continue
+        module = ".".join(RENAMED.get(p, p) for p in parts)
+        for node in tree.body if (tree := parsed(path)) else []:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            found = SENTENCE.match(text)
+            name = f"{module}.{node.name}"
+            if found and SHORTEST <= len(found[1]) <= LONGEST and name not in seen:
+                seen.add(name)
+                yield Function(name, found[1], takes(node.args))
+
+
+def takes(args: ast.arguments) -> str:
+    """A sentence that lists a function's arguments."""
+    names = [a.arg for a in (*args.posonlyargs, *args.args)]
+    names += [f"*{args.vararg.arg}"] if args.vararg else []
+    names += [a.arg for a in args.kwonlyargs]
+    names += [f"**{args.kwarg.arg}"] if args.kwarg else []
+    if len(names) < 2:
+        return f"It takes {names[0] if names else 'no arguments'}."
+    return f"It takes {', '.join(names[:-1])} and {names[-1]}."
+
+
+def stdlib_conversations() -> Iterator[list[Turn]]:
+    """Questions about the functions of the standard library, and what their docstrings answer.
+
+    Some conversations about each, in other words each time. Raises as python_files.
+    """
+    for i, function in enumerate(functions()):
+        for n in range(ROUNDS):
+            asked = WHAT[(i + n * len(WHAT) // ROUNDS) % len(WHAT)].format(function.name)
+            yield [
+                Turn(USER, asked),
+                Turn(ASSISTANT, function.does),
+                Turn(USER, HOW[(i + n) % len(HOW)]),
+                Turn(ASSISTANT, function.takes),
+            ]

@@ -10,8 +10,8 @@ from data.assembly import file_facts
 from data.workers import COPY
 from text.files import SHORT
 from text.foreign import LLMC_HEADER
-from text.tokenizer import Tokenizer, get_tokenizer
-from text.tokens import read_meta
+from text.tokenizer import Tokenizer, of_dataset
+from text.tokens import BEGINS, ID, read_meta
 
 LLMC_MAGIC = 20240520  # of llm.c's shards of GPT-2 tokens
 SHOWN = 40  # tokens at each of three places
@@ -26,7 +26,7 @@ def check_folder(out: Path) -> None:
     made, meta = out / "meta.json", read_meta(out)
     if "parts" in meta:
         raise ValueError(f"{out} holds shares that are not merged: --merge=True, then --verify")
-    tok = get_tokenizer(meta["tokenizer"], out)
+    tok = of_dataset(meta, out)
     problems: list[str] = []
     text = (tok.json_text or "").encode()
     if meta.get("tokenizer_sha256") not in (None, hashlib.sha256(text).hexdigest()):
@@ -53,14 +53,15 @@ def check_split(
     if not files:
         return [f"no {name}.bin"]
     problems: list[str] = []
-    seen = {"tokens": 0, "documents": 0, "max_id": 0}
+    chat = tok.chat is not None
+    seen = {"tokens": 0, "documents": 0, "max_id": 0, **({"counted": 0} if chat else {})}
     for path in files:
         if not path.stat().st_size:
             return [f"{path.name} is empty"]
         head = np.fromfile(path, dtype="<i4", count=3)
         with_header = len(head) == 3 and head[0] == LLMC_MAGIC
         skip = LLMC_HEADER // np.dtype("uint16").itemsize if with_header else 0
-        found = file_facts(path, dtype, skip)
+        found = file_facts(path, dtype, skip, chat)
         if skip and found["tokens"] - skip != head[2]:
             problems.append(f"{path.name}: header says {head[2]:,} tokens")
         if found["tokens"] <= skip:
@@ -70,11 +71,17 @@ def check_split(
         seen["tokens"] += len(ids)
         seen["max_id"] = max(seen["max_id"], found["max_id"])
         starts = range(0, len(ids), COPY)
-        seen["documents"] += sum(int((ids[a : a + COPY] == tok.eot).sum()) for a in starts)
+        for a in starts:
+            part = ids[a : a + COPY]
+            seen["documents"] += int((part & BEGINS != 0 if chat else part == tok.eot).sum())
+        if chat:
+            seen["counted"] += found["counted"]
         if len(files) == 1 and facts.get("sha256") not in (None, found["sha256"]):
             problems.append(f"{path.name}: sha256 is {found['sha256']}, not {facts['sha256']}")
         for start in np.linspace(0, max(0, len(ids) - SHOWN), 3, dtype=np.int64):
-            print(f"{path.name} at {start:,}: {tok.decode(ids[start : start + SHOWN].tolist())!r}")
+            shown = ids[start : start + SHOWN]
+            text = tok.decode((shown & ID if chat else shown).tolist())
+            print(f"{path.name} at {start:,}: {text!r}")
     print(f"{name}: " + ", ".join(f"{v:,} {k}" for k, v in seen.items()))
     problems += [
         f"{name}: {seen[k]:,} {k}, but meta.json says {facts[k]:,}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data import readers
-from data.parts import BadData, Note, Reading, Source
+from data.parts import BadData, Conversation, Note, Reading, Source
 
 TRAIN_ON = 2**27  # characters that are learnt from, from the start of the source
 # Learning takes the square of the length of a word, so one without an end is cut.
@@ -27,6 +27,8 @@ def texts(found: Source, reading: Reading, folder: Path, skip_bad: bool) -> Iter
                     raise document
                 if isinstance(document, Note):
                     continue
+                if isinstance(document, Conversation):
+                    document = (turn.content for turn in document.turns)
                 for text in [document] if isinstance(document, str) else document:
                     yield from cut_words(text)
                     left -= len(text)

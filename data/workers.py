@@ -21,14 +21,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data import readers
-from data.parts import BadData, Note, Part, Reading, identity, text_size
+from data.parts import BadData, Conversation, Note, Part, Reading, identity, text_size
+from text.chat import Template
 from text.files import replacing, write
+from text.packing import marked
 from text.split import Ints
-from text.tokenizer import Tokenizer, get_tokenizer, well_formed
+from text.tokenizer import Tokenizer, chatting, get_tokenizer, well_formed
 
 BATCH = 2**20  # characters encoded together
 COPY = 2**22  # tokens copied at a time
 QUIET_S = 60  # without progress before a line says so
+NO_ANSWER = "conversations without an answer"  # a note
 LISTED = 100  # damaged documents of a part that meta.json names
 SMALL = 16 * 2**20  # bytes of text that are not worth a process
 TOKENS_PER_BYTE = {"gpt2": 0.2, "bytes": 1.0}  # of text, at least; 0.1 with other tokenizers
@@ -43,6 +46,7 @@ class Job:
     tokenizer: str
     json_text: str | None
     eot: int
+    chat: dict[str, Any] | None  # how conversations are written; None = the source holds text
     reading: Reading
     skip_bad: bool
     limit: int  # tokens after which a part may end
@@ -56,6 +60,7 @@ def start_worker(job: Job, counters: Any) -> None:
     """Load the tokenizer, leave Ctrl-C to the parent, and end when the parent has ended."""
     global _tok, _counters
     _tok = get_tokenizer(job.tokenizer, json_text=job.json_text, bulk=True, eot=job.eot)
+    _tok = chatting(_tok, job.chat)
     _counters = counters
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -104,6 +109,7 @@ class PartWriter:
 
     def __init__(self, tok: Tokenizer, out: TokenFile) -> None:
         self.tok, self.out = tok, out
+        self.template = Template(tok) if tok.chat else None
         self.index: list[Ints] = [np.zeros((0, 2), dtype=np.int64)]  # tokens and bytes of each
         self.batch: list[str] = []
         self.filled = 0  # characters
@@ -115,6 +121,25 @@ class PartWriter:
         if self.filled >= BATCH:
             self.flush()
             self.filled = 0
+
+    def add_turns(self, said: Conversation) -> bool:
+        """A conversation, with end-of-text behind it; False for one that has nothing to learn.
+
+        Raises BadData for one that the template does not take.
+        """
+        assert self.template is not None
+        try:
+            ids, counts, asks = self.template.encode(said.turns)
+        except ValueError as e:
+            raise BadData(f"{said.where}: {e}") from e
+        if not counts.any():
+            return False
+        ends = np.array([] if ids[-1] == self.tok.eot else [self.tok.eot], np.uint32)
+        self.out.write(np.concatenate([marked(ids, counts, asks), ends]))
+        size, tokens = sum(utf8_bytes(turn.content) for turn in said.turns), len(ids) + len(ends)
+        self.index.append(np.array([[tokens, size]]))
+        count(1, size, tokens)
+        return True
 
     def add_long(self, blocks: Iterator[str]) -> None:
         """A document that comes in blocks. Raises BadData, and then has added nothing."""
@@ -154,7 +179,7 @@ def encode_part(number: int, part: Part, job: Job) -> int:
     skipped: dict[str, Any] = {"count": 0, "first": []}
     notes: dict[str, dict[str, Any]] = {}
     with replacing(stem.with_suffix(".bin"), MARK) as temp:
-        with TokenFile(temp, token_type(tok.vocab_size)) as out:
+        with TokenFile(temp, token_type(tok)) as out:
             writer = PartWriter(tok, out)
             for document in readers.documents(part, job.reading, stem.with_suffix(".hub")):
                 try:
@@ -162,6 +187,11 @@ def encode_part(number: int, part: Part, job: Job) -> int:
                         raise document
                     if isinstance(document, Note):
                         add_note(notes, document)
+                    elif isinstance(document, Conversation):
+                        if not writer.add_turns(document):
+                            add_note(notes, Note(NO_ANSWER, document.where))
+                        elif form := " and ".join(document.columns):
+                            add_note(notes, Note(f"{readers.TALKS} {form}", document.where))
                     elif isinstance(document, str):
                         writer.add(document)
                         if not document:
@@ -204,9 +234,12 @@ def utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(well_formed(text).encode())
 
 
-def token_type(vocab_size: int) -> str:
-    """What a token file holds: little-endian uint16, or uint32 where the ids need it."""
-    return "<u2" if vocab_size <= 2**16 else "<u4"
+def token_type(tok: Tokenizer) -> str:
+    """What a token file holds: little-endian uint16, or uint32 where the ids need it.
+
+    So do conversations, of whose tokens more is said than the id.
+    """
+    return "<u4" if tok.chat or tok.vocab_size > 2**16 else "<u2"
 
 
 def cores() -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from formats.hf import ByteLevelBPE
 from model import GPTConfig
+from text.chat import own_template
 from text.files import SHORT, replacing
 from text.tokenizer import Tokenizer
 
@@ -172,6 +173,8 @@ def add_tokenizer(writer: Any, tokens: ByteLevelBPE, vocab_size: int, tok: Token
         add(i)
     if tok.pad is not None:
         writer.add_pad_token_id(tok.pad)
+    if template := tok.chat.template if tok.chat else own_template(tok):
+        writer.add_chat_template(template)
     writer.add_add_bos_token(bool(tok.prefix))
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)

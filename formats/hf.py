@@ -354,8 +354,8 @@ def known(tok: Tokenizer) -> Tokenizer:
 
     What else a model's files state is kept; other tokenizers are returned as they are.
     """
-    name = {257: "bytes", 50257: "gpt2"}.get(tok.vocab_size)
-    if name is None or tok.json_text is None or tok.eot != tok.vocab_size - 1:
+    name = {257: "bytes", 50257: "gpt2"}.get(tok.words)
+    if name is None or tok.json_text is None or tok.eot != tok.words - 1:
         return tok
     try:
         ours = get_tokenizer(name)
@@ -364,7 +364,8 @@ def known(tok: Tokenizer) -> Tokenizer:
     same = byte_level_bpe(json.loads(tokenizer_json(ours))) == byte_level_bpe(
         json.loads(tok.json_text)
     )
-    kept = {k: getattr(tok, k) for k in ("ends", "begin", "bos", "pad", "stated", "guessed")}
+    kinds = ("vocab_size", "ends", "begin", "bos", "pad", "stated", "guessed", "chat")
+    kept = {k: getattr(tok, k) for k in kinds}
     return replace(ours, **kept) if same else tok
 
 
@@ -413,8 +414,24 @@ def byte_level_bpe(spec: dict[str, Any]) -> ByteLevelBPE | None:
 
 
 def tokenizer_json(tok: Tokenizer) -> str:
-    """A tokenizer.json that gives a tokenizer's ids: its own, or one made for GPT-2 and bytes."""
-    return made_json(tok.name, tok.eot) if tok.json_text is None else tok.json_text
+    """A tokenizer.json that gives a tokenizer's ids: its own, or one made for GPT-2 and bytes.
+
+    With the tokens of conversations, if those are not its own. Raises ValueError for a file in
+    which they would have other ids.
+    """
+    text = made_json(tok.name, tok.eot) if tok.json_text is None else tok.json_text
+    if not tok.chat or not tok.chat.added:
+        return text
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    spec = json.loads(text)
+    more = [{"id": i, "content": name, **FLAGS} for name, i in tok.chat.added.items()]
+    spec["added_tokens"] = [*(spec.get("added_tokens") or []), *more]
+    made = json.dumps(spec, ensure_ascii=False)
+    ids = HuggingFaceTokenizer.from_str(made).token_to_id
+    if wrong := [name for name, i in tok.chat.added.items() if ids(name) != i]:
+        raise ValueError(f"its tokenizer.json gives {wrong[0]} another id than training did")
+    return made
 
 
 @functools.cache
@@ -424,12 +441,11 @@ def made_json(name: str, end: int) -> str:
     eot = "<|endoftext|>"
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     level["use_regex"] = True  # GPT-2's pieces; for bytes they change nothing
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     spec = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": end, "content": eot, **flags, "special": True}],
+        "added_tokens": [{"id": end, "content": eot, **FLAGS}],
         "normalizer": None,
         "pre_tokenizer": level,
         "post_processor": None,
@@ -455,6 +471,8 @@ def visible(token: bytes) -> str:
     return token.decode("latin-1").translate(VISIBLE)
 
 
+# Of an added token that is none of a text
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
 VISIBLE = {ord(byte): stand_in for stand_in, byte in byte_characters().items()}
 
 
@@ -529,7 +547,7 @@ def tokenizer_config(
     texts = dict(enumerate(t for t, _ in vocab)) if isinstance(vocab, list) else {}
     texts |= {i: text for text, i in vocab.items()} if isinstance(vocab, dict) else {}
     texts |= {t["id"]: t["content"] for t in spec.get("added_tokens") or []}
-    template = theirs.get("chat_template")
+    template = tok.chat.template if tok.chat else theirs.get("chat_template")
     bos = tok.eot if tok.bos is None and trained else tok.bos
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

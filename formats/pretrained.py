@@ -152,4 +152,6 @@ def mismatch(data: Tokenizer, model: Tokenizer) -> str:
     if data.eot not in model.ends and not model.guessed:
         ends = " or ".join(map(model.shown, sorted(model.ends)))
         return f"ends a text with {ends}, but the dataset's documents end with {a.shown(data.eot)}"
+    if data.chat and model.chat and data.chat != model.chat:
+        return "writes conversations with another chat template than the dataset"
     return ""

@@ -112,9 +112,18 @@ class SkipInit(TorchFunctionMode):
 
 
 def build(config: GPTConfig, saved: dict[str, Any], path: Path) -> GPT:
-    """A model of these sizes with a checkpoint's weights, on the CPU. Raises as weights_of."""
+    """A model of these sizes with a checkpoint's weights, on the CPU. Raises as weights_of.
+
+    Its vocabulary may have more rows than the checkpoint's, which begin as the mean of those.
+    """
+    rows = model_config(saved, path).vocab_size
+    theirs = dataclasses.replace(config, vocab_size=min(rows, config.vocab_size))
     with SkipInit():
-        weights, model = weights_of(saved, config, path), GPT(config)
+        weights, model = weights_of(saved, theirs, path), GPT(config)
+    if config.vocab_size > rows:
+        for key in weights.keys() & {"embed_tokens.weight", "lm_head.weight"}:
+            more = weights[key].mean(0).expand(config.vocab_size - rows, -1)
+            weights[key] = torch.cat((weights[key], more))
     model.load_state_dict(weights)
     return model
 

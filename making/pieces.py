@@ -60,11 +60,11 @@ class LossInPieces(torch.autograd.Function):
                 dw = d.t() @ part if dw is None else torch.addmm(dw, d.t(), part)
         if learn:
             ctx.save_for_backward(torch.cat(dx), dw, counts)
-        return total / counts.sum()
+        return total / counts.sum().clamp(min=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Softmax less 1 at the target, times what the loss is worth."""
         dx, dw, counts = ctx.saved_tensors
-        share = grad / counts.sum()
+        share = grad / counts.sum().clamp(min=1)
         return (dx * share).to(dx.dtype), dw.float() * share, None, None, None, None

@@ -37,6 +37,7 @@ def stream(
     stop_tokens: Sequence[int] = (),
     lengths: Tensor | None = None,
     vocab_size: int | None = None,
+    never: Sequence[int] = (),
     generator: torch.Generator | None = None,
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
@@ -45,7 +46,7 @@ def stream(
     idx (B, T) int64, T >= 1. Prompts of different lengths stand at the right, padded at the left
     (see `left_pad`); lengths (B,) counts each row's real tokens. A row that has produced one of
     stop_tokens repeats it; when all rows have, the iteration ends. Ids from vocab_size on (padding
-    of the embedding) are never drawn. Settings are as in `next_token`.
+    of the embedding) and those in `never` are never drawn. Settings are as in `next_token`.
 
     Text longer than the context goes on in a window that slides by half the context; rows of
     different lengths slide together. Nothing is read back from the device but, with stop_tokens,
@@ -65,6 +66,7 @@ def stream(
         counts = torch.zeros(B, model.config.vocab_size, dtype=torch.int32, device=device)
         seen = (counts.scatter_add_(1, idx, is_prompt.int()) > 0)[:, :vocab_size]
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
+    left_out = torch.tensor(list(never), dtype=torch.int64, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     cache, start, token = None, -1, idx[:, -1]
     for n in range(T, T + max_new_tokens):
@@ -80,8 +82,9 @@ def stream(
         else:
             logits = model.decode(token[:, None], position, cache, visible_pad)
             position += 1
+        logits = logits[:, :vocab_size]
         token = next_token(
-            logits[:, :vocab_size],
+            logits.index_fill(1, left_out, -math.inf) if len(left_out) else logits,
             temperature,
             top_k,
             top_p,

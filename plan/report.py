@@ -50,9 +50,9 @@ from run.optim import configure_optimizer, groups_of, moments
 from run.parallel import check_sharded
 from run.settings import check_folder, run_folder
 from run.start import TrainState, find_start, model_as_set, source_of
-from text.batches import TrainOrder
-from text.tokenizer import get_tokenizer
-from text.tokens import GPT2_VOCAB, TokenData, read_meta
+from text.batches import open_split, order_of
+from text.tokenizer import of_dataset
+from text.tokens import GPT2_VOCAB, read_meta
 
 CARD_SIZES = (24, 16, 12, 8)  # GiB, of consumer cards
 CPU_FLOPS = 1e11  # FLOP/s, the order of a few cores
@@ -256,11 +256,11 @@ def data_line(
     """How often the run reads the data at hand. assumed: its vocabulary is, where it is not."""
     context = training.config.max_position_embeddings
     try:
-        data = TokenData(folder, "train", context, training.config.vocab_size)
+        data = open_split(folder, "train", context, training.config.vocab_size)
     except FileNotFoundError as e:
         vocabulary = f"; a vocabulary of {training.config.vocab_size:,} is assumed" * assumed
         return f"data     not there yet, epochs unknown{vocabulary}: {e}"
-    epochs = TrainOrder(data.tokens, context, tokens_per_step, 0).epochs(steps)
+    epochs = order_of(data, tokens_per_step, 0).epochs(steps)
     return f"data     {folder}: {data.tokens:,} training tokens, {epochs:.2f} epochs"
 
 
@@ -360,10 +360,11 @@ def report(settings: Mapping[str, Any], typed: Container[str]) -> None:
     if data.is_dir() or source != "scratch":
         meta = read_meta(data)
     as_set = model_as_set(s, meta)
-    start = find_start(source, out, as_set, s["batch_size"], whole=False)
+    tok = of_dataset(meta, data) if "chat" in meta else None
+    start = find_start(source, out, as_set, s["batch_size"], tok, whole=False)
     if start.saved:
         now = {"config": s, "data": meta["splits"], "dtype": str(machine.dtype)}
-        start.check(as_set, get_tokenizer(meta["tokenizer"], data), now, typed)
+        start.check(as_set, of_dataset(meta, data), now, typed)
     config, context = start.config, start.config.max_position_embeddings
     windows = windows_of_rank(s["tokens_per_step"], context, 1)
     with torch.device("meta"):

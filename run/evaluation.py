@@ -13,6 +13,7 @@ from run.log import say
 from run.machine import Machine, is_oom
 from run.team import Team
 from text.batches import eval_batches
+from text.chat import USER, Template, Turn, never
 from text.files import reason
 from text.tokenizer import Tokenizer
 from text.tokens import TokenData
@@ -32,7 +33,7 @@ class Evaluation:
     @property
     def count(self) -> int:
         """How many there are to read: a small validation split has fewer than are asked for."""
-        return min(self.windows, (self.data.tokens - 1) // self.data.context)
+        return min(self.windows, self.data.count)
 
     def line(self, eval_iters: int) -> str:
         """How many are read, for people, and why so many."""
@@ -49,11 +50,14 @@ class Evaluation:
 def sample_text(model: GPT, tok: Tokenizer, prompt: str, machine: Machine) -> str:
     """The prompt and up to SAMPLE_TOKENS more tokens, by random numbers of its own.
 
-    The same numbers each time, and those of the run are not touched.
+    The same numbers each time, and those of the run are not touched. To a model that answers, the
+    prompt is a question.
     """
-    ids = tok.prompt(prompt)[-model.config.max_position_embeddings :]
+    ids = Template(tok).prompt([Turn(USER, prompt)]) if tok.chat else tok.prompt(prompt)
+    ids = ids[-model.config.max_position_embeddings :]
     generator = torch.Generator(machine.device).manual_seed(0)
     how: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "vocab_size": tok.vocab_size}
+    how["never"] = never(tok, tok.chat is not None)
     model.eval()
     try:
         x = torch.tensor([ids], device=machine.device)
@@ -66,7 +70,7 @@ def sample_text(model: GPT, tok: Tokenizer, prompt: str, machine: Machine) -> st
         say(f"no text: {reason(e)[:120]}")
     model.train()
     end = next((i for i, token in enumerate(made) if token in tok.ends), len(made))
-    return prompt + tok.decode(made[:end])
+    return prompt + (" -> " if tok.chat else "") + tok.decode(made[:end])
 
 
 @torch.no_grad()

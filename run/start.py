@@ -175,12 +175,18 @@ def source_of(init_from: str, out: Path) -> str:
 
 
 def find_start(
-    source: str, out: Path, as_set: GPTConfig, batch_size: int, whole: bool = True
+    source: str,
+    out: Path,
+    as_set: GPTConfig,
+    batch_size: int,
+    tok: Tokenizer | None = None,
+    whole: bool = True,
 ) -> Start:
     """Where the run starts from; as_set is the model that the settings describe.
 
-    A model that is read keeps its sizes; its context may be cut, dropout is as set. whole=False
-    leaves the tensors of a folder of parts where they are. Raises ValueError or OSError.
+    A model that is read keeps its sizes; its context may be cut, dropout is as set, and its
+    vocabulary grows where `tok`, the dataset's, has more ids for conversations. whole=False leaves
+    the tensors of a folder of parts where they are. Raises ValueError or OSError.
     """
     if source == "scratch":
         return Start(as_set)
@@ -197,6 +203,17 @@ def find_start(
     if source != "resume":
         context = min(config.max_position_embeddings, as_set.max_position_embeddings)
         config = replace(config, max_position_embeddings=context)
+        if tok and tok.chat and tok.words <= config.vocab_size < tok.vocab_size:
+            if path.suffix == listing.PARTS:
+                raise ValueError(
+                    f"{path} has no rows for the tokens of conversations, and is not enlarged; "
+                    "export it first (--to=hf), or start from a .pt file"
+                )
+            say(
+                f"model    {path} has {config.vocab_size} rows for tokens: "
+                f"{as_set.vocab_size} from now on, for those of conversations"
+            )
+            config = replace(config, vocab_size=as_set.vocab_size)
         return Start(config, origin=source, path=path, saved=saved)
     known = {f.name for f in fields(TrainState)}
     state = TrainState(**{k: v for k, v in (kept or {}).items() if k in known})
@@ -280,9 +297,13 @@ def check_same_tokenizer(saved: Mapping[str, Any], tok: Tokenizer, path: Path) -
             "(data/prepare.py --tokenizer=..., and --eot=...)"
         )
     kept = {k: getattr(theirs, k) for k in ("ends", "bos", "pad", "stated")}
+    if tok.chat:
+        kept["ends"] |= {tok.chat.end}
+    else:  # a model that answers, and goes on with text
+        kept |= {k: getattr(theirs, k) for k in ("chat", "vocab_size")}
     if theirs.guessed:
         say(f"data     {path} states no end-of-text: it is the dataset's, {tok.shown(tok.eot)}")
-        del kept["ends"]
+        kept["ends"] = tok.ends
     return replace(tok, **kept)
 
 

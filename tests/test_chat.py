@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 
 from text import chat
-from text.chat import Template, Turn, conversation
+from text.chat import Template, Turn, conversation, with_chat
 from text.tokenizer import get_tokenizer, gpt2_vocabulary
 
 EOT = "<|endoftext|>"
@@ -136,14 +136,12 @@ def gpt2():
 def ours(kind):
     """The template by a tokenizer of this repository."""
     if kind == "bytes":
-        return Template(get_tokenizer("bytes"), 257, 258)
+        return Template(with_chat(get_tokenizer("bytes")))
     if kind == "gpt2":
         if gpt2_vocabulary() is None:
             pytest.skip("GPT-2's vocabulary is not on this machine")
-        return Template(get_tokenizer("gpt2"), 50257, 50258)
-    ids = {token["content"]: token["id"] for token in json.loads(learnt())["added_tokens"]}
-    tok = get_tokenizer("tokenizer.json", json_text=learnt())
-    return Template(tok, ids[chat.START], ids[chat.END])
+        return Template(with_chat(get_tokenizer("gpt2")))
+    return Template(with_chat(get_tokenizer("tokenizer.json", json_text=learnt())))
 
 
 @functools.cache
@@ -170,8 +168,8 @@ def masked_by(tok, turns):
 
 
 def masked(template, turns):
-    ids, counts = template.encode(turns)
-    assert ids.dtype == np.uint32 and counts.dtype == np.bool_
+    ids, counts, begins = template.encode(turns)
+    assert ids.dtype == np.uint32 and counts.dtype == begins.dtype == np.bool_
     return ids.tolist(), counts.astype(int).tolist()
 
 
@@ -201,7 +199,7 @@ def test_a_token_of_role_and_content_counts():
     shared = 0
     for turns in ODD:
         for turn in turns:
-            ids, _ = ours("learnt").turn(turn)
+            ids = ours("learnt").encode([turn]).ids
             head, content = map(ours("learnt").tok.encode, (f"{turn.role}\n", turn.content))
             shared += turn.role == "assistant" and ids[1:-2].tolist() != [*head, *content]
     assert shared > 20  # or the comparison with transformers says little
@@ -211,7 +209,7 @@ def test_a_token_of_role_and_content_counts():
 def test_no_content_makes_a_special_token(kind):
     """Around each turn is one of each, none in it, and between them are its letters."""
     template = ours(kind)
-    start, end = int(template.start[0]), int(template.end[0])
+    start, end = template.special[chat.START], template.end
     for turns in ODD:
         ids = masked(template, turns)[0]
         assert template.tok.eot not in ids
@@ -229,7 +227,7 @@ def test_what_counts_is_the_answers():
     """By bytes, where no token is shared, and what counts can be read."""
     template = ours("bytes")
     for turns in ODD:
-        ids, counts = template.encode(turns)
+        ids, counts, _ = template.encode(turns)
         answers = [turn.content.encode() for turn in turns if turn.role == "assistant"]
         expected = [i for answer in answers for i in (*answer, 258)]
         assert ids[counts].tolist() == expected, turns
@@ -625,7 +623,7 @@ def test_the_mask_is_transformers_where_newlines_are_no_tokens(kind):
     special = ["<unk>", *NAMES]
     trained = trainer(vocab_size=200, special_tokens=special, show_progress=False)
     tok.train_from_iterator(["system user assistant Hello , world ! 4 . "] * 9, trained)
-    template = Template(get_tokenizer("tokenizer.json", json_text=tok.to_str()), 2, 3)
+    template = Template(with_chat(get_tokenizer("tokenizer.json", json_text=tok.to_str())))
     reference = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, chat_template=CHATML)
     for content in ("Hello", "", " Hello", "4.", "! Hello", ", world", "\nHello"):
         turns = [Turn("user", content), Turn("assistant", content)]

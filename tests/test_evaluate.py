@@ -461,7 +461,7 @@ def test_bad_files_end_in_one_line(run, script, tmp_path, task, text, message):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--task=mmlu"], "task must be val, text, hellaswag, lambada"),
+        (["--task=mmlu"], "task must be val, text, chat, hellaswag, lambada"),
         (["--task=text"], "--file=PATH"),
         (["--task=text", "--file=nowhere.txt"], "there is no file nowhere.txt"),
         (["--task=lambada", "--limit=-1"], "limit must be at least 0, not -1"),

@@ -22,6 +22,8 @@ from making import sampling
 from model import GPT, GPTConfig
 from run import interrupt
 from run.settings import idle
+from text.chat import with_chat
+from text.tokenizer import get_tokenizer
 
 SCRIPTS = sorted(
     str(path.relative_to(ROOT).as_posix())
@@ -222,15 +224,16 @@ def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_program(folder, heeded):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a checkpoint of random weights."""
-    size = GPTConfig(320, 32, 48, 1, 2, 1, 16, 24)
+    size = GPTConfig(320, 32, 48, 1, 2, 1, 16, 60)
     state = {"model": GPT(size).state_dict(), "model_args": dataclasses.asdict(size)}
     out = tmp_path_factory.mktemp("run")
-    checkpoint.save(out / "ckpt_3.pt", {**state, "tokenizer": {"name": "bytes", "json": None}})
+    tok = with_chat(get_tokenizer("bytes"))
+    checkpoint.save(out / "ckpt_3.pt", {**state, "tokenizer": tok.saved()})
     return out
 
 
 # For each script: the flags that choose a branch, and the settings that change nothing there.
-NAMED = ["--init_from=ckpt_3.pt"]
+NAMED, PLAIN = ["--init_from=ckpt_3.pt"], ["--chat=False"]
 BRANCHES = {
     "train.py": [
         (["--decay_lr=False"], "min_lr warmup_iters lr_schedule lr_decay_iters decay_share"),
@@ -246,18 +249,20 @@ BRANCHES = {
         (["--init_from=auto", "--overwrite=True"], "overwrite"),
     ],
     "sample.py": [
-        ([], ""),
-        (NAMED, "out_dir"),
-        (["--interactive"], "start num_samples"),
-        (["--temperature=0"], "top_k top_p min_p seed"),
-        (["--top_k=1"], "temperature top_p min_p seed"),
+        (PLAIN, "system"),
+        ([*PLAIN, *NAMED], "out_dir system"),
+        ([*PLAIN, "--interactive"], "start num_samples system"),
+        ([*PLAIN, "--temperature=0"], "top_k top_p min_p seed system"),
+        ([*PLAIN, "--top_k=1"], "temperature top_p min_p seed system"),
+        (["--chat"], "start num_samples interactive"),
     ],
     "evaluate.py": [
-        (["--task=val"], "file limit stride"),
-        (["--task=text", "--file=text.txt"], "dataset limit"),
-        (["--task=hellaswag", "--file=items.jsonl"], "dataset stride"),
-        (["--task=lambada", "--file=items.jsonl"], "dataset stride"),
-        (["--task=text", "--file=text.txt", *NAMED], "dataset limit out_dir"),
+        (["--task=val"], "file limit stride split"),
+        (["--task=text", "--file=text.txt"], "dataset limit split"),
+        (["--task=hellaswag", "--file=items.jsonl"], "dataset stride split"),
+        (["--task=lambada", "--file=items.jsonl"], "dataset stride split"),
+        (["--task=text", "--file=text.txt", *NAMED], "dataset limit out_dir split"),
+        (["--task=chat", "--file=talk.jsonl"], "dataset stride split"),
     ],
     "export.py": [
         (["--to=hf"], ""),
@@ -337,6 +342,8 @@ def test_what_a_branch_does_not_read_is_refused(
     item |= {"endings": ["d", "e"], "label": 0}
     (folder / "items.jsonl").write_text(json.dumps(item), encoding="utf-8")
     (folder / "text.txt").write_text("a b c", encoding="utf-8")
+    talk = '{"question": "a", "answer": "b"}'
+    (folder / "talk.jsonl").write_text(talk, encoding="utf-8")
     more = {"sample.py": ["--max_new_tokens=2"], "export.py": [], "evaluate.py": ["--device=cpu"]}
     more = [*more[name], *([f"--dataset={dataset}"] if "--task=val" in flags else [])]
     if "--to=gguf" in flags:

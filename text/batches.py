@@ -7,9 +7,11 @@ nothing about the data needs saving but the step.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from text.tokens import Ints, TokenData
+from text.packing import Conversations
+from text.tokens import ID, Ints, TokenData, read_meta
 
 FEISTEL_ROUNDS = 6  # even
 BLOCK = 4096  # windows whose places in the stream are worked out together
@@ -75,35 +78,58 @@ class TrainOrder:
     context: int
     tokens_per_step: int
     seed: int
+    packed: int = 0  # windows of conversations; 0 = of a stream, cut with a phase
 
     @property
     def windows_per_epoch(self) -> int:
         """Windows that fit whatever the phase is: at least 1."""
-        return max(1, (self.tokens - self.context) // self.context)
+        return self.packed or max(1, (self.tokens - self.context) // self.context)
 
     def epochs(self, steps: int) -> float:
         """How often `steps` steps go through the data."""
         return steps * self.tokens_per_step / self.context / self.windows_per_epoch
 
     def starts(self, step: int, first: int, count: int) -> Ints:
-        """First tokens of the step's windows first .. first + count - 1: (count,)."""
+        """First tokens of the step's windows first .. first + count - 1: (count,).
+
+        Packed windows are told by their numbers.
+        """
         n = self.windows_per_epoch
         index = step * (self.tokens_per_step // self.context) + first + np.arange(count)
         starts = np.empty(count, dtype=np.int64)
         for epoch in np.unique(index // n):
             here = index // n == epoch
             key = key_of(self.seed, int(epoch))
-            phases = min(self.context, self.tokens - n * self.context)
-            starts[here] = permute(index[here] % n, n, key) * self.context + key % phases
+            starts[here] = permute(index[here] % n, n, key)
+            if not self.packed:
+                phases = min(self.context, self.tokens - n * self.context)
+                starts[here] = starts[here] * self.context + key % phases
         return starts
 
 
-def split_windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+def open_split(folder: Path, split: str, context: int, vocab_size: int) -> TokenData:
+    """A split of a dataset's folder: a stream of text, or conversations. Raises as they do."""
+    if "chat" in read_meta(folder):
+        return Conversations(folder, split, context, vocab_size)
+    return TokenData(folder, split, context, vocab_size)
+
+
+def order_of(data: TokenData, tokens_per_step: int, seed: int) -> TrainOrder:
+    """The order in which a run takes the windows of its training data."""
+    packed = data.count if data.packed else 0
+    return TrainOrder(data.tokens, data.context, tokens_per_step, seed, packed)
+
+
+def split_windows(tokens: Tensor, packed: bool = False) -> tuple[Tensor, Tensor]:
     """(B, T + 1) int16 or int32 -> inputs and targets, (B, T) int64, two views of one tensor.
 
     The integers travel narrow, a quarter of the bytes over the bus, and signed, since torch has
-    few operations on unsigned types; the mask makes them the unsigned ids that they are.
+    few operations on unsigned types; the mask makes them the unsigned ids that they are. packed:
+    of conversations, where the sign is COUNTS; a target without it is IGNORED.
     """
+    if packed:
+        ids = tokens.long() & ID
+        return ids[:, :-1], torch.where(tokens < 0, ids, IGNORED)[:, 1:]
     bits = 8 * tokens.element_size()
     if tokens.is_cpu:  # which can read them as unsigned, in two thirds of the time
         wide = tokens.view({16: torch.uint16, 32: torch.uint32}[bits]).long()
@@ -159,7 +185,23 @@ class TrainLoader:
         micro_steps = windows_per_step // (batch_size * self.ranks)
         following = (*divmod(step * micro_steps + micro_step + 1, micro_steps), batch_size)
         self.pending = (following, self.thread.submit(self.read, *following))
-        return split_windows(tokens.to(self.device, non_blocking=True))
+        return split_windows(tokens.to(self.device, non_blocking=True), self.data.packed)
+
+    def divisor(self, step: int, micro_step: int, batch_size: int) -> float:
+        """What the mean loss of a rank's micro-batch is divided by, so that the sum of all is the
+        mean over the step, times the ranks, whose gradients are averaged.
+
+        The number of micro-batches, where all tokens count; else as the counted tokens weigh.
+        """
+        windows = self.order.tokens_per_step // self.order.context
+        if not isinstance(self.data, Conversations):
+            return windows // (batch_size * self.ranks)
+        first = (micro_step * self.ranks + self.rank) * batch_size
+        mine, all_ = (
+            self.data.counts[self.starts(step, at, count)].sum()
+            for at, count in ((first, batch_size), (0, windows))
+        )
+        return float(all_ / (mine * self.ranks)) if mine else math.inf
 
 
 def eval_batches(
@@ -176,13 +218,12 @@ def eval_batches(
     batches as each other. A last batch that is not full is filled up with windows whose targets
     are all IGNORED, so that there is one shape.
     """
-    n = (data.tokens - 1) // data.context
-    index = np.arange(min(windows, n)) * n // min(windows, n)
-    starts = index[rank::ranks] * data.context
-    for i in range(0, -(-len(index) // ranks), batch_size):
+    chosen = data.eval_starts(windows)
+    starts = chosen[rank::ranks]
+    for i in range(0, -(-len(chosen) // ranks), batch_size):
         rows = data.windows(np.resize(starts[i : i + batch_size], batch_size))
         tokens = host_tensor(rows, device).to(device, non_blocking=True)
         # y in memory of its own, but with the strides that training's has, for the compiler
-        (x, _), (_, y) = split_windows(tokens), split_windows(tokens)
+        (x, _), (_, y) = (split_windows(tokens, data.packed) for _ in range(2))
         y[len(starts) - i :] = IGNORED
         yield x, y

@@ -1,6 +1,7 @@
 """Conversations: the forms that they come in, and the tokens that they become.
 
-The template is ChatML's. A turn is a role and its content between two tokens of their own:
+The template is ChatML's, unless a model was imported with its own. A turn is a role and its content
+between two tokens of their own:
 
     <|im_start|>user
     What is 2 + 2?<|im_end|>
@@ -10,17 +11,30 @@ The template is ChatML's. A turn is a role and its content between two tokens of
 What counts for the loss is the assistant's content and the token that ends its turn.
 """
 
+import functools
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from text.files import SHORT
-from text.tokenizer import Ids, Tokenizer
+from text.tokenizer import Ids, Tokenizer, chatting, well_formed
 
 START, END = "<|im_start|>", "<|im_end|>"  # as files name the tokens; in a text they are letters
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Lone surrogates stand in no text, since UTF-8 has none: marks of where a content begins and ends
+# in what a template makes of it, and one inside the names of tokens that a content spells.
+OPEN, CLOSE, SPELT = "\udc80", "\udc81", "\udc82"
+NO_END = "its chat template has no special token at the end of an answer"
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 ROLES = {
     **{name: name for name in (SYSTEM, USER, ASSISTANT)},
@@ -32,6 +46,8 @@ COLUMNS = ("messages", "conversations", "conversation")  # of turns
 TURNS = (("role", "content"), ("from", "value"))  # the fields of one
 PARTS = ("text", "input_text", "output_text")  # of a content, by OpenAI's names
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
+MORE = ("system", "input", "history")  # Alpaca's, beside a pair
+CHAT_COLUMNS = (*COLUMNS, *itertools.chain(*PAIRS), *MORE)
 
 
 class Turn(NamedTuple):
@@ -47,15 +63,27 @@ def conversation(row: Mapping[str, Any]) -> list[Turn]:
     Either a column of turns, as the Hub, OpenAI and ShareGPT have it, or the two columns of a
     question and its answer, as Alpaca has it with its `input`, `system` and `history`.
     """
-    for column in COLUMNS:
-        if row.get(column) is not None:
-            return turns_in(row[column], column)
-    for asked, answered in PAIRS:
-        if row.get(asked) is not None and row.get(answered) is not None:
-            return alpaca(row, asked, answered)
+    used = columns_of(row)
+    return turns_in(row[used[0]], used[0]) if len(used) == 1 else alpaca(row, *used)
+
+
+def columns_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of a row that its conversation is in. Raises ValueError as above."""
+    return conversation_columns([name for name in row if row[name] is not None], row)
+
+
+def conversation_columns(names: Iterable[str], there: Iterable[Any] = ()) -> tuple[str, ...]:
+    """Which of a row's columns that hold something are its conversation: one, or a pair.
+
+    there: all its columns, for the message. Raises ValueError where none are.
+    """
+    names = [*names]
+    for used in (*((column,) for column in COLUMNS), *PAIRS):
+        if {*used} <= {*names}:
+            return used
     raise ValueError(
         f"no column {' or '.join(COLUMNS[:2])} and no {' and '.join(PAIRS[0])}; there are "
-        f"{', '.join([*map(str, row)][:9]) or 'none'}"
+        f"{', '.join([*map(str, there or names)][:9]) or 'none'}"
     )
 
 
@@ -111,7 +139,7 @@ def is_text(part: Any) -> bool:
 
 def alpaca(row: Mapping[str, Any], asked: str, answered: str) -> list[Turn]:
     """The turns of a row with a column each for question and answer. Raises ValueError as above."""
-    given = {k: row[k] for k in ("system", "input", "history") if row.get(k) is not None}
+    given = {k: row[k] for k in MORE if row.get(k) is not None}
     system, more = (words(given.get(k, ""), k) for k in ("system", "input"))
     turns = [Turn(SYSTEM, system)] if system else []
     for i, pair in enumerate(listed(given.get("history", []), "history", "pairs")):
@@ -125,37 +153,250 @@ def alpaca(row: Mapping[str, Any], asked: str, answered: str) -> list[Turn]:
     return [*turns, Turn(USER, question), Turn(ASSISTANT, words(row[answered], answered))]
 
 
+class Encoded(NamedTuple):
+    """A conversation's tokens, and what is known of each: (tokens,) all three."""
+
+    ids: Ids
+    counts: NDArray[np.bool_]  # for the loss
+    begins: NDArray[np.bool_]  # a turn that asks begins with it; the first token is one
+
+
+def with_chat(tok: Tokenizer) -> Tokenizer:
+    """The tokenizer with a way to write conversations: its model's own, else ChatML.
+
+    ChatML's two tokens are those of the vocabulary, where it has them, else the next ids.
+    """
+    added: dict[str, int] = {}
+    if not (template := own_template(tok)):
+        template, there = CHATML, special_tokens(tok)
+        for name in (START, END):
+            if name not in there:
+                added[name] = tok.vocab_size + len(added)
+    names = {i: name for name, i in special_tokens(tok).items()}
+    stated = tok.stated.get("tokenizer") or {}
+    marks = {}
+    for kind, i in (("bos", tok.bos), ("eos", tok.eot)):
+        named = stated.get(f"{kind}_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        marks[kind] = named if isinstance(named, str) else names.get(-1 if i is None else i, "")
+    entry = {"template": template, "added": added, "end": 0, **marks}  # the end is found out
+    entry["end"] = Template(chatting(tok, entry)).end
+    return chatting(tok, entry)
+
+
+def own_template(tok: Tokenizer) -> str:
+    """The chat template that an imported model's files state, "" for none."""
+    stated = (tok.stated.get("tokenizer") or {}).get("chat_template")
+    if isinstance(stated, list):  # several by name, as transformers 4 wrote them
+        named = [t for t in stated if isinstance(t, dict) and t.get("name") == "default"]
+        stated = named[0].get("template") if named else ""
+    return stated if isinstance(stated, str) else ""
+
+
+def special_tokens(tok: Tokenizer) -> dict[str, int]:
+    """The ids of the tokens that no text has, by their names."""
+    added = tok.chat.added if tok.chat else {}
+    if tok.json_text is None:
+        return {"<|endoftext|>": tok.eot, **added}
+    spec = json.loads(tok.json_text)
+    found = {t["content"]: t["id"] for t in spec.get("added_tokens") or [] if t.get("special")}
+    return {**found, **added}
+
+
+def never(tok: Tokenizer, answering: bool) -> list[int]:
+    """The ids that are not to be drawn: in an answer the special ones that do not end it, in a text
+    those that conversations added."""
+    if not answering:
+        return sorted(tok.chat.added.values()) if tok.chat else []
+    return sorted({*special_tokens(tok).values()} - tok.ends)
+
+
+@functools.cache
+def compiled(template: str) -> Callable[..., str]:
+    """A Jinja template as transformers compiles it, in a sandbox. Raises ValueError."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The tag around what an assistant says: it changes nothing."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def fail(message: str) -> None:
+        raise TemplateError(message)
+
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    env.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
+    env.globals["raise_exception"] = fail
+    try:
+        made = env.from_string(template)
+    except (TemplateError, RecursionError) as e:
+        raise ValueError(f"its chat template is no template of Jinja's ({e})") from e
+
+    def render(**values: Any) -> str:
+        try:
+            return made.render(**values)
+        except Exception as e:  # of any kind, as it computes
+            reason = " ".join(str(e).split())[:200]
+            raise ValueError(f"its chat template takes no such conversation ({reason})") from e
+
+    return render
+
+
 class Template:
-    """Turns to tokens, and which of them count; start and end: the ids around a turn."""
+    """Conversations to tokens, by a tokenizer that has a way to write them (see `with_chat`).
 
-    def __init__(self, tok: Tokenizer, start: int, end: int) -> None:
-        self.tok = tok
-        self.start, self.end = np.array([start], np.uint32), np.array([end], np.uint32)
-        self.between = tok.encode_array("\n")
-        self.head = tok.encode_array(f"{ASSISTANT}\n")
+    Raises ValueError for a template that cannot be compiled or whose answers have no end.
+    """
 
-    def turn(self, turn: Turn) -> tuple[Ids, NDArray[np.bool_]]:
-        """A turn's ids, with the newline after it, and a bool each: what counts.
+    def __init__(self, tok: Tokenizer) -> None:
+        assert tok.chat is not None
+        self.tok, self.own = tok, tok.chat.template != CHATML
+        self.special = special_tokens(tok)
+        names = sorted(self.special, key=len, reverse=True)
+        self.names = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+        self.render = compiled(tok.chat.template)
+        self.values = {
+            "bos_token": tok.chat.bos,
+            "eos_token": tok.chat.eos,
+            "enable_thinking": False,  # Qwen3's: an answer begins at once
+        }
+        probe = self.encode([Turn(USER, "Hi"), Turn(ASSISTANT, "Hi")])
+        self.end = int(probe.ids[probe.counts][-1])  # of an answer
+        if self.own:
+            self.check(probe.ids.tolist())
 
-        Role and content are encoded as one text, as by a program that encodes the whole
-        conversation. A token that has letters of both belongs to the content.
+    def check(self, ids: list[int]) -> None:
+        """Raises ValueError where a text in pieces has other ids than as a whole."""
+        from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+        text = self.rendered([Turn(USER, "Hi"), Turn(ASSISTANT, "Hi")], False)
+        whole = HuggingFaceTokenizer.from_str(str(self.tok.json_text))
+        if whole.encode(text, add_special_tokens=False).ids != ids:
+            raise ValueError("its tokenizer has other ids for the pieces of a conversation")
+
+    def rendered(self, turns: Sequence[Turn], asks: bool) -> str:
+        """What the template makes of turns; asks: it ends where an answer begins."""
+        messages = [turn._asdict() for turn in turns]
+        return self.render(messages=messages, add_generation_prompt=asks, **self.values)
+
+    def spelt(self, turns: Sequence[Turn]) -> list[Turn]:
+        """Turns in which the names of special tokens are none, and that are UTF-8."""
+        return [
+            turn._replace(content=self.names.sub(spelt, well_formed(turn.content)))
+            for turn in turns
+        ]
+
+    def marked(self, turns: Sequence[Turn]) -> str:
+        """The text of turns with marks around the contents, of `spelt` turns.
+
+        Raises ValueError when the template changes a content beyond the blanks around it.
         """
-        ids = self.tok.encode_array(f"{turn.role}\n{turn.content}")
-        counts = np.zeros(len(ids) + 2 + len(self.between), dtype=np.bool_)
-        if turn.role == ASSISTANT:
-            alike = [a == b for a, b in zip(self.head, ids, strict=False)]
-            before = alike.index(False) if False in alike else len(alike)
-            counts[1 + before : len(ids) + 2] = True
-        return np.concatenate([self.start, ids, self.end, self.between]), counts
+        plain = self.rendered(turns, False) if self.own else ""
+        for strip in (False, True):
+            contents = [t.content.strip() if strip else t.content for t in turns]
+            inside = [
+                t._replace(content=f"{OPEN}{content}{CLOSE}")
+                for t, content in zip(turns, contents, strict=True)
+            ]
+            text = self.rendered(inside, False)
+            if not self.own or re.sub(f"[{OPEN}{CLOSE}]", "", text) == plain:
+                break
+        else:
+            raise ValueError("its chat template changes what is said")
+        if [text.count(mark) for mark in (OPEN, CLOSE)] != [len(turns)] * 2:
+            raise ValueError("its chat template leaves out what is said, or repeats it")
+        return text
 
-    def encode(self, turns: Iterable[Turn]) -> tuple[Ids, NDArray[np.bool_]]:
-        """A conversation's ids, and a bool each: what counts for the loss."""
-        parts = [self.turn(turn) for turn in turns]
-        none = np.zeros(0, np.uint32), np.zeros(0, np.bool_)
-        ids, counts = zip(none, *parts, strict=True)
-        return np.concatenate(ids), np.concatenate(counts)
+    def encode(self, turns: Sequence[Turn]) -> Encoded:
+        """A conversation's tokens.
+
+        What stands between two special tokens is encoded as one text, as by a program that encodes
+        the whole conversation. A token with letters of an answer and of what is before it counts.
+        Raises ValueError for what the template does not take.
+        """
+        if not turns:
+            return Encoded(np.zeros(0, np.uint32), np.zeros(0, np.bool_), np.zeros(0, np.bool_))
+        walk = Walk(self, turns)
+        for i, piece in enumerate(self.names.split(self.marked(self.spelt(turns)))):
+            walk.token(self.special[piece]) if i % 2 else walk.text(piece)
+        if walk.counting:
+            raise ValueError(NO_END)
+        ids, counts = np.concatenate(walk.ids), np.concatenate(walk.counts)
+        begins = np.zeros(len(ids), np.bool_)
+        begins[[0, *walk.begins]] = True
+        return Encoded(ids, counts, begins)
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """The ids after which the assistant's answer comes."""
-        ids: list[int] = np.concatenate([self.encode(turns)[0], self.start, self.head]).tolist()
+        """The ids after which the assistant's answer comes. Raises ValueError as `encode`."""
+        ids: list[int] = []
+        for i, piece in enumerate(self.names.split(self.rendered(self.spelt(turns), True))):
+            ids += [self.special[piece]] if i % 2 else self.tok.encode(piece.replace(SPELT, ""))
         return ids
+
+
+class Walk:
+    """The way through the pieces of a conversation's text, which makes its tokens."""
+
+    def __init__(self, template: Template, turns: Sequence[Turn]) -> None:
+        self.tok, self.said = template.tok, iter(turns)
+        self.ids: list[Ids] = []
+        self.counts: list[NDArray[np.bool_]] = []
+        self.begins: list[int] = []  # first tokens of turns that ask after an answer
+        self.length = 0  # tokens so far
+        self.counting = self.open = self.ended = False  # in an answer, in a content, behind one
+        self.next: int | None = None  # the first token behind an answer's end
+
+    def add(self, ids: Ids, counts: NDArray[np.bool_]) -> None:
+        """More tokens."""
+        self.ids.append(ids)
+        self.counts.append(counts)
+        self.length += len(ids)
+
+    def token(self, i: int) -> None:
+        """A special token: the first behind an answer ends it, and counts."""
+        if self.counting and self.open:
+            raise ValueError("its chat template has a token inside what is said")
+        if self.ended and self.next is None:
+            self.next = self.length
+        self.ended |= self.counting
+        self.add(np.array([i], np.uint32), np.array([self.counting]))
+        self.counting = False
+
+    def text(self, piece: str) -> None:
+        """What stands between two special tokens, with its marks."""
+        before, head = self.counting, None  # head: what stands before an answer
+        parts = re.split(f"([{OPEN}{CLOSE}])", piece.replace(SPELT, ""))
+        for i, part in enumerate(parts):
+            if part == OPEN:
+                if self.counting:
+                    raise ValueError(NO_END)
+                self.open, turn = True, next(self.said)
+                if turn.role == ASSISTANT:
+                    self.counting, head = True, "".join(parts[0:i:2])
+                elif self.next is not None:
+                    self.begins.append(self.next)
+                self.ended, self.next = False, None
+            elif part == CLOSE:
+                self.open = False
+        if not (text := "".join(parts[::2])):
+            return
+        ids = self.tok.encode_array(text)
+        counts = np.full(len(ids), before)
+        if head is not None:
+            alike = [a == b for a, b in zip(self.tok.encode_array(head), ids, strict=False)]
+            counts[alike.index(False) if False in alike else len(alike) :] = True
+        self.add(ids, counts)
+
+
+def spelt(match: re.Match[str]) -> str:
+    """The name of a token with a mark in it."""
+    return f"{match[0][0]}{SPELT}{match[0][1:]}"

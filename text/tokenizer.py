@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from text import characters, stated
+from text.files import SHORT
 
 Ids = NDArray[np.uint32]
 
@@ -68,6 +69,17 @@ EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "[EOS
 
 
 @dataclass(frozen=True)
+class Chat:
+    """How conversations are written in a tokenizer's tokens; text/chat.py does it."""
+
+    template: str  # in Jinja, as transformers takes it
+    added: Mapping[str, int]  # ids beyond the vocabulary's, by the tokens' names
+    end: int  # of an answer
+    bos: str = ""  # what a template calls bos_token
+    eos: str = ""
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """A vocabulary, made by `get_tokenizer`. Ids are below `vocab_size`.
 
@@ -90,6 +102,12 @@ class Tokenizer:
     pad: int | None = None  # so, too
     stated: Mapping[str, Any] = field(default_factory=dict)  # what an imported model's files say
     guessed: bool = False  # nothing states what `eot` is
+    chat: Chat | None = None  # of a model that answers; its added ids are below vocab_size, too
+
+    @property
+    def words(self) -> int:
+        """The ids of the vocabulary alone, without those that conversations added."""
+        return self.vocab_size - (len(self.chat.added) if self.chat else 0)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Lone surrogates, which UTF-8 does not have, become U+FFFD."""
@@ -116,6 +134,7 @@ class Tokenizer:
             "pad": self.pad,
             "stated": json.dumps(self.stated) if self.stated else "",
             **({"guessed": True} if self.guessed else {}),
+            **({"chat": chat_entry(self.chat)} if self.chat else {}),
         }
 
     @property
@@ -260,7 +279,7 @@ def from_saved(entry: Mapping[str, Any] | None, own: bool = False) -> Tokenizer:
         files = json.loads(entry.get("stated") or "{}").items()
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise ValueError(f"what the checkpoint says of its tokenizer is damaged ({e!r})") from e
-    tok = get_tokenizer(name, json_text=json_text, eot=eot, own=own)
+    tok = chatting(get_tokenizer(name, json_text=json_text, eot=eot, own=own), entry.get("chat"))
     bos, pad, ends = (
         stated.ids(entry.get(kind), range(tok.vocab_size)) for kind in ("bos", "pad", "ends")
     )
@@ -274,6 +293,32 @@ def from_saved(entry: Mapping[str, Any] | None, own: bool = False) -> Tokenizer:
         stated={k: v for k, v in files if isinstance(v, dict)},
         guessed=entry.get("guessed") is True,
     )
+
+
+def of_dataset(meta: Mapping[str, Any], folder: Path) -> Tokenizer:
+    """The tokenizer of a dataset's folder, by its meta.json. Raises as get_tokenizer does."""
+    return chatting(get_tokenizer(meta["tokenizer"], folder), meta.get("chat"))
+
+
+def chat_entry(chat: Chat) -> dict[str, Any]:
+    """Plain values that `chatting` makes the same of."""
+    return {**vars(chat), "added": dict(chat.added)}
+
+
+def chatting(tok: Tokenizer, entry: Any) -> Tokenizer:
+    """A tokenizer with what a file says of conversations, if anything. Raises ValueError."""
+    if entry is None:
+        return tok
+    kinds = {"template": str, "added": dict, "end": int, "bos": str, "eos": str}
+    good = isinstance(entry, dict) and all(type(entry.get(k)) is v for k, v in kinds.items())
+    if good and all(isinstance(name, str) and name for name in entry["added"]):
+        size = tok.vocab_size + len(entry["added"])
+        if [*entry["added"].values()] == [*range(tok.vocab_size, size)] and (
+            0 <= entry["end"] < size
+        ):
+            chat = Chat(**{k: entry[k] for k in kinds})
+            return replace(tok, chat=chat, vocab_size=size, ends=tok.ends | {chat.end})
+    raise ValueError(f"what is said of its conversations is damaged ({SHORT.repr(entry)})")
 
 
 def well_formed(text: str) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,10 @@ LETTERS = 256  # ids below are single bytes for GPT-2: in any text there are oth
 INDEX_TYPES = ("|u1", "<u2", "<u4", "<u8")  # of a part's .index
 LARGEST = 2**40  # tokens or bytes of a document; sums of a part's cannot overflow
 SCANS = 64  # pieces of a stream that are read to find its largest id
+# Of a token of a conversation: it counts for the loss, a conversation begins with it, a turn does
+# that asks; and the bits of its id.
+COUNTS, BEGINS, ASKS = 2**31, 2**30, 2**29
+ID = ASKS - 1
 
 
 def dataset_folder(name: str) -> Path:
@@ -99,6 +103,8 @@ def what_is_odd(meta: dict[str, Any]) -> list[str]:
         "vocab_size": whole(meta.get("vocab_size"), 1, 2**32),
         "dtype": meta.get("dtype") in ("uint16", "uint32"),
         "splits": all(isinstance(f, dict) and are_facts(f) for f in of_splits),
+        "chat": "chat" not in meta or meta.get("dtype") == "uint32",
+        "eot": "chat" not in meta or whole(meta.get("eot"), 0, ID),
     }
     if "parts" in meta:
         holds["parts"] = whole(meta["parts"], 1)
@@ -232,6 +238,9 @@ class TokenData:
     short for one window of `context` + 1 tokens, and for ids that `vocab_size` does not cover.
     """
 
+    packed = False  # windows are stretches of the stream, in which all tokens count
+    said = ""  # a line on what it holds, for the user
+
     def __init__(self, folder: Path, split: str, context: int, vocab_size: int) -> None:
         meta = read_meta(folder)
         facts = meta["splits"].get(split, {})
@@ -253,22 +262,41 @@ class TokenData:
                 f"{path} has {self.tokens:,} tokens but meta.json says {facts['tokens']:,}; "
                 "run data/prepare.py again"
             )
-        if self.tokens < context + 1:
-            raise ValueError(
-                f"{path} has {self.tokens:,} tokens, fewer than one window of {context} + 1; "
-                f"use more text, a smaller --max_position_embeddings{larger_share(meta, context)}"
-            )
+        self.check(path, meta)
         if facts.get("max_id", 0) >= vocab_size:
             raise ValueError(self.too_large(facts["max_id"], str(path)))
-        if "max_id" not in facts:
+        if "max_id" not in facts and not self.packed:
             for piece in self.pieces if "parts" not in meta else []:
                 check_foreign(piece.path, piece.ids)
             n = min(SCAN, self.tokens)
             self.windows(np.linspace(0, self.tokens - n, SCANS, dtype=np.int64), n)
 
+    def check(self, path: Path, meta: dict[str, Any]) -> None:
+        """Raises ValueError when the stream, whose first file is `path`, has no window."""
+        if self.tokens < self.context + 1:
+            share = larger_share(meta, self.context)
+            raise ValueError(
+                f"{path} has {self.tokens:,} tokens, fewer than one window of {self.context} + 1; "
+                f"use more text, a smaller --max_position_embeddings{share}"
+            )
+
+    @property
+    def count(self) -> int:
+        """How many windows there are that have no token in common."""
+        return (self.tokens - 1) // self.context
+
+    def eval_starts(self, windows: int) -> Ints:
+        """Of at most so many of those windows, spread evenly over the split."""
+        n = min(windows, self.count)
+        return np.arange(n) * self.count // n * self.context
+
     def bits_per_byte(self, loss: float) -> float | None:
-        """A loss in nats per token in bits per byte of text; None where the bytes are unknown."""
-        return loss * self.tokens / self.nbytes / math.log(2) if self.nbytes else None
+        """A loss in nats per token in bits per byte of text; None where the bytes are unknown.
+
+        So they are of what counts in conversations.
+        """
+        known = self.nbytes and not self.packed
+        return loss * self.tokens / self.nbytes / math.log(2) if self.nbytes and known else None
 
     def check_size(self) -> None:
         """Raises ValueError when a file has shrunk: reading its end would kill the process."""
@@ -285,20 +313,26 @@ class TokenData:
         length = length or self.context + 1
         found = np.empty((len(starts), length), dtype=self.dtype)
         for start, row in zip(starts.tolist(), found, strict=True):
-            i = bisect.bisect_right(self.begins, start) - 1
-            at, filled = start - self.begins[i], 0
-            while filled < length:  # more than once when it goes on in the next file
-                ids = self.ids[i][at : at + length - filled]
-                row[filled : filled + len(ids)] = ids
-                at, filled, i = 0, filled + len(ids), i + 1
+            self.read(start, row)
         if found.max() >= self.vocab_size:
             row, column = divmod(int(found.argmax()), length)
-            place = int(starts[row]) + column
-            i = bisect.bisect_right(self.begins, place) - 1
-            at = self.pieces[i].first + place - self.begins[i]
-            where = f"{self.pieces[i].path} at token {at:,}"
-            raise ValueError(self.too_large(int(found.max()), where))
+            self.refuse(int(found.max()), int(starts[row]) + column)
         return found
+
+    def read(self, start: int, out: NDArray[Any]) -> None:
+        """Fill `out`, (length,), with the tokens from `start` on."""
+        i = bisect.bisect_right(self.begins, start) - 1
+        at, filled = start - self.begins[i], 0
+        while filled < len(out):  # more than once when it goes on in the next file
+            ids = self.ids[i][at : at + len(out) - filled]
+            out[filled : filled + len(ids)] = ids
+            at, filled, i = 0, filled + len(ids), i + 1
+
+    def refuse(self, largest: int, place: int) -> NoReturn:
+        """Raises ValueError for an id that vocab_size does not cover, at a place of the stream."""
+        i = bisect.bisect_right(self.begins, place) - 1
+        at = self.pieces[i].first + place - self.begins[i]
+        raise ValueError(self.too_large(largest, f"{self.pieces[i].path} at token {at:,}"))
 
     def too_large(self, largest: int, where: str) -> str:
         return (

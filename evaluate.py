@@ -288,7 +288,9 @@ def run_chat(found: Pretrained, machine: Machine) -> dict[str, Any]:
     scores = measure(found, questions, tok.vocab_size, machine)
     right = [one.greedy for [one] in scores]
     firsts = np.cumsum([0, *map(len, asked)])[:-1]
-    texts = [tok.decode(q.answers[0].tolist()) for q in questions]
+    answers = [q.answers[0].tolist() for q in questions]
+    ends = tok.chat.end if tok.chat else None
+    texts = [tok.decode(ids[:-1] if ids[-1] == ends else ids) for ids in answers]
     results = stream_results(
         scores, sum(len(q.answers[0]) for q in questions), sum(len(t.encode()) for t in texts)
     )

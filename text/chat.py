@@ -34,6 +34,7 @@ CHATML = (
 # Lone surrogates stand in no text, since UTF-8 has none: marks of where a content begins and ends
 # in what a template makes of it, and one inside the names of tokens that a content spells.
 OPEN, CLOSE, SPELT = "\udc80", "\udc81", "\udc82"
+MARKS = re.compile(f"[{OPEN}{CLOSE}]")
 NO_END = "its chat template has no special token at the end of an answer"
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 ROLES = {
@@ -296,25 +297,33 @@ class Template:
         ]
 
     def marked(self, turns: Sequence[Turn]) -> str:
-        """The text of turns with marks around the contents, of `spelt` turns.
+        """The text of `spelt` turns with marks around the contents.
 
         Raises ValueError when the template changes a content beyond the blanks around it.
         """
-        plain = self.rendered(turns, False) if self.own else ""
-        for strip in (False, True):
-            contents = [t.content.strip() if strip else t.content for t in turns]
-            inside = [
-                t._replace(content=f"{OPEN}{content}{CLOSE}")
-                for t, content in zip(turns, contents, strict=True)
-            ]
-            text = self.rendered(inside, False)
-            if not self.own or re.sub(f"[{OPEN}{CLOSE}]", "", text) == plain:
-                break
-        else:
-            raise ValueError("its chat template changes what is said")
+        text = self.rendered([*map(inside, turns)], False)
+        if self.own:
+            plain = self.rendered(turns, False)
+            if MARKS.sub("", text) != plain:
+                found = [self.as_taken(turns, i, plain) for i in range(len(turns))]
+                text = self.rendered([*map(inside, found)], False)
+            if MARKS.sub("", text) != plain:
+                raise ValueError("its chat template changes what is said")
         if [text.count(mark) for mark in (OPEN, CLOSE)] != [len(turns)] * 2:
             raise ValueError("its chat template leaves out what is said, or repeats it")
         return text
+
+    def as_taken(self, turns: Sequence[Turn], i: int, plain: str) -> Turn:
+        """A turn without those blanks around its content that the template takes off.
+
+        plain: the text of all turns. Raises ValueError where it is not blanks that it changes.
+        """
+        for taken in (str, lambda s: s.lstrip("\n"), lambda s: s.strip("\n"), str.strip):
+            turn = turns[i]._replace(content=taken(turns[i].content))
+            text = self.rendered([*turns[:i], inside(turn), *turns[i + 1 :]], False)
+            if MARKS.sub("", text) == plain:
+                return turn
+        raise ValueError("its chat template changes what is said")
 
     def encode(self, turns: Sequence[Turn]) -> Encoded:
         """A conversation's tokens.
@@ -395,6 +404,11 @@ class Walk:
             alike = [a == b for a, b in zip(self.tok.encode_array(head), ids, strict=False)]
             counts[alike.index(False) if False in alike else len(alike) :] = True
         self.add(ids, counts)
+
+
+def inside(turn: Turn) -> Turn:
+    """A turn with marks around its content."""
+    return turn._replace(content=f"{OPEN}{turn.content}{CLOSE}")
 
 
 def spelt(match: re.Match[str]) -> str:

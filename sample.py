@@ -255,7 +255,7 @@ def talk_with(path: Path, model: GPT, tok: Tokenizer) -> Talk:
 
 
 @torch.inference_mode()
-def answer(model: GPT, tok: Tokenizer, machine: Machine, talk: Talk | None) -> None:
+def answer(model: GPT, tok: Tokenizer, machine: Machine, talk: Talk | None = None) -> None:
     """Print the texts of every prompt, and how fast they came."""
     generator = torch.Generator(machine.device).manual_seed(seed)
     made, took_s = 0, 0.0

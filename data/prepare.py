@@ -107,7 +107,7 @@ verify = False  # only check the folder: counts, hashes, range of the ids; show 
 
 OF_MAKING = (
     *("tokenizer", "eot", "max_tokens", "shards", "merge", "val_fraction", "seed", "num_proc"),
-    *("skip_bad", "overwrite"),
+    *("skip_bad", "overwrite", "chat"),
 )
 NAMES = ("gpt2", "bytes")  # of tokenizers that come without a file
 LOCK_ATTEMPTS = 50  # of a share, a tenth of a second apart

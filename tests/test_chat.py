@@ -376,6 +376,10 @@ FORMS_OF_ROWS = {
         {"instruction": "Add.", "input": "2, 2", "output": "4"},
         [Turn("user", "Add.\n\n2, 2"), Turn("assistant", "4")],
     ),
+    "Dolly": (
+        {"instruction": "Who?", "context": "It was me.", "response": "You.", "category": "qa"},
+        [Turn("user", "Who?\n\nIt was me."), Turn("assistant", "You.")],
+    ),
     "Alpaca with system": (
         {"instruction": "Hi", "output": "Hello.", "system": "Be brief."},
         [Turn("system", "Be brief."), *QUESTION],

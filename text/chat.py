@@ -46,8 +46,11 @@ ROLES = {
 COLUMNS = ("messages", "conversations", "conversation")  # of turns
 TURNS = (("role", "content"), ("from", "value"))  # the fields of one
 PARTS = ("text", "input_text", "output_text")  # of a content, by OpenAI's names
-PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
-MORE = ("system", "input", "history")  # Alpaca's, beside a pair
+PAIRS = (
+    *(("instruction", "output"), ("instruction", "response")),  # Alpaca's, Dolly's
+    *(("prompt", "completion"), ("question", "answer")),
+)
+MORE = ("system", "input", "context", "history")  # Alpaca's and Dolly's, beside a pair
 CHAT_COLUMNS = (*COLUMNS, *itertools.chain(*PAIRS), *MORE)
 
 
@@ -141,7 +144,7 @@ def is_text(part: Any) -> bool:
 def alpaca(row: Mapping[str, Any], asked: str, answered: str) -> list[Turn]:
     """The turns of a row with a column each for question and answer. Raises ValueError as above."""
     given = {k: row[k] for k in MORE if row.get(k) is not None}
-    system, more = (words(given.get(k, ""), k) for k in ("system", "input"))
+    system, *more = (words(given.get(k, ""), k) for k in ("system", "input", "context"))
     turns = [Turn(SYSTEM, system)] if system else []
     for i, pair in enumerate(listed(given.get("history", []), "history", "pairs")):
         both = plain(pair)
@@ -149,8 +152,7 @@ def alpaca(row: Mapping[str, Any], asked: str, answered: str) -> list[Turn]:
             raise ValueError(f"history[{i}] is no pair: {SHORT.repr(both)}")
         for role, text in zip((USER, ASSISTANT), both, strict=True):
             turns.append(Turn(role, words(text, f"history[{i}]")))
-    question = words(row[asked], asked)
-    question = f"{question}\n\n{more}" if more else question
+    question = "\n\n".join([words(row[asked], asked), *filter(None, more)])
     return [*turns, Turn(USER, question), Turn(ASSISTANT, words(row[answered], answered))]
 
 

@@ -1020,7 +1020,7 @@ def test_a_step_is_recorded_where_nothing_compiles(monkeypatch, capsys):
     given = []
     monkeypatch.setattr(sample, "compile", True)
     monkeypatch.setattr(sample, "why_not_compile", lambda device: "no triton")
-    monkeypatch.setattr(sample, "prompts", lambda: iter([("ab", 2)]))
+    monkeypatch.setattr(sample, "prompts", lambda *all: iter([("ab", [97, 98], 2)]))
     monkeypatch.setattr(sample, "compile_for", lambda *all: given.append(all[1:]) or all[3])
     monkeypatch.setattr(sample, "stream", lambda *all, **how: iter([]))
     monkeypatch.setattr(torch, "Generator", mock.MagicMock())

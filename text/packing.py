@@ -3,7 +3,8 @@
 A token of a conversation is a uint32 of which three bits say more: whether it counts for the loss,
 whether a conversation begins with it, whether a turn does that asks. A window may also begin with
 the last: a conversation that is too long is cut there. Which pieces share a window depends on the
-data and the context alone.
+data and the context alone. Neighbours in the data, which may be about the same, do not share one
+more often than others.
 """
 
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from text.shuffle import permute
 from text.tokens import ASKS, BEGINS, COUNTS, ID, Ints, TokenData
 
+KEY = 0  # of the order in which conversations of one length are packed
 BLOCK = 2**24  # tokens that are looked at together
 
 
@@ -45,6 +48,7 @@ class Conversations(TokenData):
         kept = np.flatnonzero(counts)
         if not len(kept):
             raise ValueError(f"{path} has no token that counts: no conversation has an answer")
+        kept = kept[np.argsort(permute(np.arange(len(kept)), len(kept), KEY))]
         window = pack(lengths[kept], self.context + 1)
         order = np.argsort(window, kind="stable")
         self.starts, self.lengths = starts[kept][order], lengths[kept][order]

@@ -38,6 +38,8 @@ RENAMED = {
     "norm_eps": "rms_norm_eps",
 }
 
+FROM_FILES = ("gradient_accumulation_steps",)  # what is said of it depends on a config's values
+
 WIDTH, NOTES_AT = 80, 32  # columns of --help, and where what a setting means begins at the latest
 
 _typed: set[str] = set()  # the settings that were flags of this process's command line
@@ -177,7 +179,13 @@ def overrides(
     Raises ConfigError (one line) for an unknown name, a wrong type or a missing file.
     """
     values: dict[str, Value] = {}
-    for words, name, text in split(args, defaults):
+    parts = [*split(args, defaults)]
+    for _, name, text in parts:  # before a config file is run, which may take its time
+        if name in defaults and text is not None:
+            convert(name, text, defaults[name], "command line")
+        elif name and name not in defaults and name not in FROM_FILES:
+            raise ConfigError(f"--{name}: no such setting: {unknown(name, {name: text}, defaults)}")
+    for words, name, text in parts:
         if not name:
             values.update(read_file(find_file(words[0], root), defaults))
         elif name not in defaults:

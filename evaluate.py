@@ -47,8 +47,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # Before torch loads OpenMP, as in train.py, for the sake of other programs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -65,10 +66,12 @@ from run.gpu import unused_gpu
 from run.machine import Machine, choose_attention, describe, find_machine
 from run.settings import at_least, check_folder, check_model
 from text.batches import open_split
-from text.chat import Template, conversation, own_template, with_chat
+from text.chat import Template, own_template, with_chat
 from text.files import path_of, read_text, write
+from text.packing import Conversations
 from text.tokenizer import Tokenizer, of_dataset, well_formed
 from text.tokens import BEGINS, ID, TokenData, read_meta, split_files
+from text.turns import conversation
 
 # what
 out_dir = "out"  # folder of a training run; its newest good checkpoint is measured
@@ -92,6 +95,7 @@ IDLE = {  # settings that are another task's
     "hellaswag": ("dataset", "stride", "split"),
     "lambada": ("dataset", "stride", "split"),
 }
+T = TypeVar("T")
 DRAW = 2357  # the seed of what is drawn of conversations
 HUB = {  # name, configuration and split of what lm-evaluation-harness uses
     "hellaswag": ("Rowan/hellaswag", None, "validation"),
@@ -148,7 +152,7 @@ def stream_results(scores: list[list[Score]], tokens: int, nbytes: int) -> dict[
         "tokens": tokens,
         "bytes": nbytes,
         "loss": nats / tokens,
-        "bits_per_byte": nats / nbytes / math.log(2),
+        "bits_per_byte": nats / nbytes / math.log(2) if nbytes else None,
         "perplexity": perplexity(nats / tokens),
     }
 
@@ -264,44 +268,41 @@ def run_lambada(found: Pretrained, machine: Machine) -> dict[str, Any]:
 
 def run_chat(found: Pretrained, machine: Machine) -> dict[str, Any]:
     """Loss on the answers of conversations, and how many a greedy model gives word for word."""
-    tok = found.tok
+    tok, window = found.tok, found.model.config.max_position_embeddings
     if not tok.chat and not own_template(tok):
-        raise ValueError(f"{found.path} was not taught to answer; fine-tune it first")
-    tok = tok if tok.chat else with_chat(tok)
+        raise ValueError(
+            f"{found.path} was not taught to answer; fine-tune it with config/finetune_chat.py"
+        )
+    try:
+        tok = tok if tok.chat else with_chat(tok)
+    except ValueError as e:
+        raise ValueError(f"{found.path}: {e}") from e
+    assert tok.chat is not None
     where, conversations = conversations_of(found, tok)
-    if limit and limit < len(conversations):
-        chosen = sorted(random.Random(DRAW).sample(range(len(conversations)), limit))
-        conversations = [conversations[i] for i in chosen]
-    window, asked = found.model.config.max_position_embeddings, list[list[Question]]()
-    left_out = 0
+    questions, is_first, left_out = list[Question](), list[bool](), 0
     for ids, counts in conversations:
         edges = np.flatnonzero(np.diff(counts.astype(np.int8), prepend=0, append=0))
-        pairs = [(int(a), int(b)) for a, b in edges.reshape(-1, 2) if a]
-        fit = [(a, b) for a, b in pairs if b - a <= window]
-        left_out += len(pairs) - len(fit)
-        asked.append(
-            [Question(ids[max(0, b - window - 1) : a], [ids[a:b].astype(np.int64)]) for a, b in fit]
-        )
-    questions = [q for parts in asked for q in parts]
+        for i, (a, b) in enumerate(edges.reshape(-1, 2).tolist()):
+            if not 0 < a or b - a > window:
+                left_out += 1
+                continue
+            questions.append(Question(ids[max(0, b - window - 1) : a], [ids[a:b]]))
+            is_first.append(i == 0)
     if not questions:
         raise ValueError(f"{where} has no answer that fits in a context of {window} tokens")
     scores = measure(found, questions, tok.vocab_size, machine)
     right = [one.greedy for [one] in scores]
-    firsts = np.cumsum([0, *map(len, asked)])[:-1]
     answers = [q.answers[0].tolist() for q in questions]
-    ends = tok.chat.end if tok.chat else None
-    texts = [tok.decode(ids[:-1] if ids[-1] == ends else ids) for ids in answers]
-    results = stream_results(
-        scores, sum(len(q.answers[0]) for q in questions), sum(len(t.encode()) for t in texts)
-    )
+    texts = [tok.decode(ids[:-1] if ids[-1] == tok.chat.end else ids) for ids in answers]
+    firsts = [good for good, first in zip(right, is_first, strict=True) if first]
     return {
         "data": where,
-        "conversations": len(asked),
+        "conversations": len(conversations),
         "answers": len(questions),
         **({"left_out": left_out} if left_out else {}),
-        **results,
+        **stream_results(scores, sum(map(len, answers)), sum(len(t.encode()) for t in texts)),
         **share("exact", right),
-        **share("exact_first", [right[i] for i, q in zip(firsts, asked, strict=True) if q]),
+        **(share("exact_first", firsts) if firsts else {}),
         "records": [
             {"answer": text, "loglikelihood": one.loglikelihood, "exact": one.greedy}
             for text, [one] in zip(texts, scores, strict=True)
@@ -314,12 +315,12 @@ def conversations_of(found: Pretrained, tok: Tokenizer) -> tuple[str, list[tuple
     if file:
         template, path = Template(tok), path_of(file)
         made: list[tuple[Ids, Ids]] = []
-        for number, item in items_of(path):
+        for number, item in drawn([*items_of(path)]):
             try:
                 ids, counts, _ = template.encode(conversation(item))
             except ValueError as e:
                 raise ValueError(f"{path} line {number}: {e}") from e
-            made.append((ids, counts))
+            made.append((ids.astype(np.int64), counts))
         return str(path), made
     folder = dataset_of(found)
     meta = read_meta(folder)
@@ -328,9 +329,18 @@ def conversations_of(found: Pretrained, tok: Tokenizer) -> tuple[str, list[tuple
     if problem := pretrained.mismatch(of_dataset(meta, folder), tok):
         raise ValueError(f"{found.path} {problem} ({folder}); choose another --dataset")
     data = open_split(folder, split, found.model.config.max_position_embeddings, tok.vocab_size)
-    stream = data.ids[0] if len(data.ids) == 1 else np.concatenate(data.ids)
-    parts = np.split(stream, np.flatnonzero(stream & BEGINS)[1:])
-    return f"{folder}, {split}", [(part & ID, part >> 31 > 0) for part in parts]
+    assert isinstance(data, Conversations)
+    begins = data.places(BEGINS).tolist()
+    chosen = drawn([*pairwise([*begins, data.tokens])])
+    words = [data.stretch(begin, end) for begin, end in chosen]
+    return f"{folder}, {split}", [((w & ID).astype(np.int64), w >> 31 > 0) for w in words]
+
+
+def drawn(items: list[T]) -> list[T]:
+    """All of them, or `limit` that are drawn, the same ones every time, in their order."""
+    if not limit or limit >= len(items):
+        return items
+    return [items[i] for i in sorted(random.Random(DRAW).sample(range(len(items)), limit))]
 
 
 TASKS = {

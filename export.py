@@ -28,6 +28,7 @@ from model import GPT, GPTConfig
 from run import script
 from run.records import read_records
 from run.settings import check_model
+from text.chat import own_template
 from text.files import path_of, write
 from text.tokenizer import Tokenizer
 from text.tokens import are_facts
@@ -147,7 +148,8 @@ def model_card(
     lines = ["---", f"license: {json.dumps(license)}", "library_name: transformers"]
     lines += ["pipeline_tag: text-generation", "tags: [easygpt]", "---", "", f"# {name}", ""]
     does = "continues text; it was not taught to follow instructions or to be safe"
-    does = "answers in conversations; it was not taught to be safe" if tok.chat else does
+    chats = tok.chat is not None or bool(own_template(tok))
+    does = "answers in conversations; it was not taught to be safe" if chats else does
     lines += [f"A language model of {parameters:,} parameters. It {does}."]
     lines += [f"Number type of the weights: {dtype}.", ""]
     lines += table("model", {k: v for k, v in asdict(config).items() if k != "dropout"})
@@ -175,13 +177,13 @@ def model_card(
     lines += ["```python", "from transformers import pipeline", ""]
     lines += [f'write = pipeline("text-generation", model="{push or "PATH OF THIS FOLDER"}")']
     prompt = '"Once upon a time"'
-    prompt = '[{"role": "user", "content": "What is 2 + 2?"}]' if tok.chat else prompt
+    prompt = '[{"role": "user", "content": "What is 2 + 2?"}]' if chats else prompt
     lines += [f'print(write({prompt}, max_new_tokens=100)[0]["generated_text"])', "```", ""]
-    if pretrained.trained(state):
+    if pretrained.trained(state) and not chats:
         lines += [
             "In training documents were separated by end-of-text, so a new one starts from it."
         ]
-    if not tok.stated.get("tokenizer") and not tok.chat:
+    if not tok.stated.get("tokenizer") and not chats:
         lines += [
             "`<|endoftext|>` and its like in a text are read as text (`split_special_tokens`)."
         ]

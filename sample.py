@@ -68,15 +68,15 @@ THREAD_BYTES = 2**24  # of weights, for which a thread of a CPU is worth its wai
 LINE = "-" * 40 + "\n"
 
 
-def read_prompt(text: str) -> str:
-    """`text`, or the UTF-8 contents of the file that FILE:path names.
+def read_prompt(text: str, name: str = "start") -> str:
+    """`text`, or the UTF-8 contents of the file that FILE:path names; name: of the setting.
 
     Raises OSError or ValueError with the path for a file that is not there or not UTF-8.
     """
     if not text.startswith("FILE:"):
         return text
     if text == "FILE:":
-        raise ValueError("start='FILE:' names no file; write --start=FILE:PATH")
+        raise ValueError(f"{name}='FILE:' names no file; write --{name}=FILE:PATH")
     return read_text(path_of(text[len("FILE:") :]))
 
 
@@ -250,8 +250,13 @@ def talk_with(path: Path, model: GPT, tok: Tokenizer) -> Talk:
             f"{path} goes on with a text, it was not taught to answer: fine-tune it with "
             "config/finetune_chat.py, or leave --chat out"
         )
-    tok = tok if tok.chat else with_chat(tok)
-    return Talk(tok, model.config.max_position_embeddings, max_new_tokens, read_prompt(system))
+    try:
+        tok = tok if tok.chat else with_chat(tok)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    return Talk(
+        tok, model.config.max_position_embeddings, max_new_tokens, read_prompt(system, "system")
+    )
 
 
 @torch.inference_mode()
@@ -265,7 +270,7 @@ def answer(model: GPT, tok: Tokenizer, machine: Machine, talk: Talk | None = Non
     if cannot and not on_gpu:
         print(f"not compiled: {cannot}", file=sys.stderr)
     greedy = temperature == 0 or top_k == 1
-    context = model.config.max_position_embeddings
+    context, left_out = model.config.max_position_embeddings, never(tok, chat)
     for i, (text, prompt, texts) in enumerate(prompts(tok, model, talk)):
         writer = None
         try:
@@ -289,7 +294,7 @@ def answer(model: GPT, tok: Tokenizer, machine: Machine, talk: Talk | None = Non
                 min_p=min_p,
                 repetition_penalty=repetition_penalty,
                 vocab_size=tok.vocab_size,
-                never=never(tok, chat),
+                never=left_out,
                 generator=generator,
             )
             with contextlib.closing(Writer(tok, heads)) as writer:
@@ -303,8 +308,8 @@ def answer(model: GPT, tok: Tokenizer, machine: Machine, talk: Talk | None = Non
             if not interactive and not (talk and sys.stdin.isatty()):
                 raise
         finally:
-            if talk and writer:
-                talk.heard(tok.decode(writer.said))
+            if talk:
+                talk.heard(tok.decode(writer.said) if writer else "")
     print(f"{made} tokens, {made / max(took_s, 1e-9):.1f} tokens/s", file=sys.stderr)
 
 

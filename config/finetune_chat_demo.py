@@ -13,6 +13,7 @@ overwrite = True  # the demo may be run again and again
 init_from = trained(
     "out/chat_demo_base",
     "data/prepare.py --source=stdlib",
+    "data/prepare.py --source=stdlib --chat=True",
     "train.py config/train_demo.py --out_dir=out/chat_demo_base --init_from=auto"
     " --max_position_embeddings=512 --batch_size=2",
 )

@@ -58,7 +58,9 @@ def assemble(
             if path.stat().st_size != one["tokens"] * np.dtype(dtype).itemsize:
                 raise ValueError(f"{path} is damaged: delete {work}")
     if documents == 1 and tok.chat and val_from is None:
-        raise ValueError("the source is one conversation: too little to split")
+        raise ValueError(
+            "the source is one conversation, and two are needed: one to learn from, one for val.bin"
+        )
     cut = cut_at(lengths, fraction, seed) if val_from is None and not tok.chat else 0
     if documents == 1 and not cut and val_from is None:
         raise ValueError(TOO_LITTLE)

@@ -12,11 +12,12 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from text.chat import Turn
+from text.turns import Turn
 
 PACKED = (".gz", ".xz", ".zst")
 CONTENTS = {  # what a name may end with, before one of PACKED
@@ -106,8 +107,8 @@ class Conversation(NamedTuple):
     """A row that is a conversation."""
 
     turns: list[Turn]
-    where: str  # its name for messages
-    columns: tuple[str, ...] = ()  # that it is in
+    columns: tuple[str, ...]  # that it is in; none where it is made up
+    where: Callable[[], str]  # its name for messages, which may take a look at the file
 
 
 class Note(NamedTuple):

@@ -140,7 +140,11 @@ def prepare(out: Path, name: str) -> None:
     begun = {"plan": plan, "revision": found.revision, "overwrite": anew}
     write(work / "plan.json", json.dumps(begun), MARK)
     tok = load_tokenizer(name, found, work)
-    tok = with_chat(tok) if chat else tok
+    if chat:
+        try:
+            tok = with_chat(tok)
+        except ValueError as e:
+            raise ValueError(f"tokenizer={name}: {e}") from e
     for path in work.glob("*.tmp"):  # of a run that was killed
         if "/" not in shards:
             path.unlink(missing_ok=True)
@@ -413,7 +417,8 @@ def finish(
         print(f"left out {one['count']}: {'; '.join(one['first'][:3])}")
     for why, note in notes.items():
         verb = "" if why.startswith(SAID) else "left out "
-        print(f"{verb}{note['count']} {why}: {', '.join(note['first'][:3])}")
+        names = ", ".join(note["first"][:3])
+        print(f"{verb}{note['count']} {why}{names and f': {names}'}")
     used = sum(meta["splits"][s]["tokens"] for s in ("train", *(() if val_split else ("val",))))
     if limit and used > 2 * limit:
         print(f"max_tokens={max_tokens}, but documents are taken whole: there are {used:,}")

@@ -32,8 +32,8 @@ from data.parts import (
 )
 from data.stdlib import stdlib_conversations, stdlib_documents
 from text import encoding
-from text.chat import CHAT_COLUMNS, columns_of, conversation, conversation_columns
 from text.files import utf8_decoder
+from text.turns import CHAT_COLUMNS, columns_of, conversation, conversation_columns
 
 MAX_LINE = 64 * MIB  # bytes of one .jsonl line, or of one text of a .parquet or .arrow
 MAX_MEMBER = 16 * MIB  # bytes of one text of OpenWebText's archives
@@ -60,8 +60,8 @@ def documents(part: Part, reading: Reading, folder: Path) -> Iterator[Document]:
     column is not there, FileNotFoundError, and OSError when a download fails.
     """
     if not part.files and reading.chat:
-        for number, turns in enumerate(stdlib_conversations(), 1):
-            yield Conversation(turns, f"conversation {number}")
+        for turns in stdlib_conversations():
+            yield Conversation(turns, (), lambda: "the embedded corpus")
     elif not part.files:
         yield from stdlib_documents()
     elif part.repo:
@@ -226,7 +226,8 @@ def text_of(row: Any, reading: Reading, where: str) -> str | Conversation:
         if not isinstance(row, dict):
             raise BadData(f"{where}: {named(row)} instead of a row with columns")
         try:
-            return Conversation(conversation(row), where, columns_of(row))
+            used = columns_of(row)
+            return Conversation(conversation(row, used), used, lambda: where)
         except ValueError as e:
             raise BadData(f"{where}: {e}") from e
     if not reading.template:
@@ -303,7 +304,7 @@ def line_document(
     try:
         found = text_of(json.loads(line), reading, where)
         if isinstance(found, Conversation):
-            return found._replace(where=line_name(where, start, number))
+            return found._replace(where=lambda: line_name(where, start, number))
         return found
     except BadData as e:
         return BadData(str(e).replace(where, line_name(where, start, number), 1))
@@ -420,7 +421,10 @@ def table_documents(f: io.BufferedIOBase, where: str, reading: Reading) -> Itera
             if plain and not doubled and any(map(is_quoted, row)):
                 doubled = True
                 yield Note(AS_THEY_ARE, where)
-            yield text_of(dict(zip(names, row, strict=True)), reading, where)
+            try:
+                yield text_of(dict(zip(names, row, strict=True)), reading, f"{where} line {number}")
+            except BadData as e:
+                yield e
 
 
 def table_form(first: str, tabs: bool) -> dict[str, Any]:
@@ -487,8 +491,10 @@ def column_names(names: list[str], where: str, reading: Reading) -> list[str]:
 
     Raises WrongSetting for a column that is not there.
     """
-    if not {*columns(reading)} <= {*names}:
+    if reading.chat or not {*columns(reading)} <= {*names}:
         names = [name.strip() for name in names]
+    if reading.chat:
+        check_turns(where, names)
     for column in columns(reading):
         if names.count(column) != 1:
             problem = "has no column" if column not in names else "has several columns"

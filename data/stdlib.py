@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from text.chat import ASSISTANT, USER, Turn
+from text.turns import ASSISTANT, USER, Turn
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 # Modules that nobody asks about, and one that repeats another

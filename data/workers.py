@@ -53,14 +53,16 @@ class Job:
 
 
 _tok: Tokenizer | None = None
+_template: Template | None = None
 _counters: Any = None  # documents, bytes and tokens done by all workers together
 
 
 def start_worker(job: Job, counters: Any) -> None:
     """Load the tokenizer, leave Ctrl-C to the parent, and end when the parent has ended."""
-    global _tok, _counters
+    global _tok, _template, _counters
     _tok = get_tokenizer(job.tokenizer, json_text=job.json_text, bulk=True, eot=job.eot)
     _tok = chatting(_tok, job.chat)
+    _template = Template(_tok) if _tok.chat else None
     _counters = counters
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -109,7 +111,6 @@ class PartWriter:
 
     def __init__(self, tok: Tokenizer, out: TokenFile) -> None:
         self.tok, self.out = tok, out
-        self.template = Template(tok) if tok.chat else None
         self.index: list[Ints] = [np.zeros((0, 2), dtype=np.int64)]  # tokens and bytes of each
         self.batch: list[str] = []
         self.filled = 0  # characters
@@ -127,11 +128,11 @@ class PartWriter:
 
         Raises BadData for one that the template does not take.
         """
-        assert self.template is not None
+        assert _template is not None
         try:
-            ids, counts, asks = self.template.encode(said.turns)
+            ids, counts, asks = _template.encode(said.turns)
         except ValueError as e:
-            raise BadData(f"{said.where}: {e}") from e
+            raise BadData(f"{said.where()}: {e}") from e
         if not counts.any():
             return False
         ends = np.array([] if ids[-1] == self.tok.eot else [self.tok.eot], np.uint32)
@@ -189,9 +190,9 @@ def encode_part(number: int, part: Part, job: Job) -> int:
                         add_note(notes, document)
                     elif isinstance(document, Conversation):
                         if not writer.add_turns(document):
-                            add_note(notes, Note(NO_ANSWER, document.where))
+                            add_note(notes, Note(NO_ANSWER, document.where()))
                         elif form := " and ".join(document.columns):
-                            add_note(notes, Note(f"{readers.TALKS} {form}", document.where))
+                            add_note(notes, Note(f"{readers.TALKS} {form}", ""))
                     elif isinstance(document, str):
                         writer.add(document)
                         if not document:
@@ -219,7 +220,8 @@ def add_note(notes: dict[str, dict[str, Any]], note: Note) -> None:
     """Count a note among those of its kind, the first few by name."""
     kept = notes.setdefault(note.what, {"count": 0, "first": []})
     kept["count"] += 1
-    kept["first"] = [*kept["first"], note.name][:LISTED]
+    if note.name and len(kept["first"]) < LISTED:
+        kept["first"].append(note.name)
 
 
 def count(documents: int, text_bytes: int, tokens: int) -> None:

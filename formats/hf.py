@@ -27,6 +27,7 @@ from formats.hub import PREFIX
 from formats.others import GPT2, TAKEN, instead
 from model import GPT, GPTConfig
 from text import stated
+from text.chat import FLAGS, with_tokens
 from text.files import SHORT, read_json, replacing
 from text.tokenizer import Tokenizer, byte_characters, get_tokenizer, gpt2_ranks
 
@@ -416,22 +417,10 @@ def byte_level_bpe(spec: dict[str, Any]) -> ByteLevelBPE | None:
 def tokenizer_json(tok: Tokenizer) -> str:
     """A tokenizer.json that gives a tokenizer's ids: its own, or one made for GPT-2 and bytes.
 
-    With the tokens of conversations, if those are not its own. Raises ValueError for a file in
-    which they would have other ids.
+    With the tokens of conversations, if those are not its own. Raises ValueError as with_tokens.
     """
     text = made_json(tok.name, tok.eot) if tok.json_text is None else tok.json_text
-    if not tok.chat or not tok.chat.added:
-        return text
-    from tokenizers import Tokenizer as HuggingFaceTokenizer
-
-    spec = json.loads(text)
-    more = [{"id": i, "content": name, **FLAGS} for name, i in tok.chat.added.items()]
-    spec["added_tokens"] = [*(spec.get("added_tokens") or []), *more]
-    made = json.dumps(spec, ensure_ascii=False)
-    ids = HuggingFaceTokenizer.from_str(made).token_to_id
-    if wrong := [name for name, i in tok.chat.added.items() if ids(name) != i]:
-        raise ValueError(f"its tokenizer.json gives {wrong[0]} another id than training did")
-    return made
+    return with_tokens(text, tok.chat.added) if tok.chat and tok.chat.added else text
 
 
 @functools.cache
@@ -471,8 +460,6 @@ def visible(token: bytes) -> str:
     return token.decode("latin-1").translate(VISIBLE)
 
 
-# Of an added token that is none of a text
-FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
 VISIBLE = {ord(byte): stand_in for stand_in, byte in byte_characters().items()}
 
 
@@ -549,10 +536,14 @@ def tokenizer_config(
     texts |= {t["id"]: t["content"] for t in spec.get("added_tokens") or []}
     template = tok.chat.template if tok.chat else theirs.get("chat_template")
     bos = tok.eot if tok.bos is None and trained else tok.bos
+    marks = {**({"bos_token": texts[bos]} if bos in texts else {}), "eos_token": texts[tok.eot]}
+    if tok.chat:  # as its template has had them
+        named = {"bos_token": tok.chat.bos, "eos_token": tok.chat.eos}
+        marks |= {k: v for k, v in named.items() if v}
+        marks = {k: v for k, v in marks.items() if k != "bos_token" or tok.chat.bos}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **({"bos_token": texts[bos]} if bos in texts else {}),
-        "eos_token": texts[tok.eot],
+        **marks,
         **({"pad_token": texts[tok.pad]} if tok.pad in texts else {}),
         **({"add_bos_token": False, "add_eos_token": False} if trained else {}),
         "model_max_length": context,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,20 +16,25 @@ def trained(out_dir: str, *commands: str) -> str:
     """The best checkpoint of the run in a folder, which the commands make where it is not finished.
 
     Each command is a script of this repository with its flags, blanks between them. For `train.py`
-    alone: a plan, or a config file that is only read, starts nothing. Raises ValueError when one
-    fails, or in one of several processes.
+    alone: a plan, a run from elsewhere, or a config file that is only read starts nothing. Raises
+    ValueError when one fails, or in one of several processes.
     """
     out = Path(out_dir)
     best = out / "best.pt"
-    plans = any(arg.lstrip("-").replace("-", "_").startswith("dry_run") for arg in sys.argv)
-    if Path(sys.argv[0]).name != "train.py" or plans or is_finished(out):
+    flags = {arg[2:].partition("=")[0].replace("-", "_") for arg in sys.argv if arg[:2] == "--"}
+    is_run = Path(sys.argv[0]).name == "train.py" and not flags & {"dry_run", "init_from"}
+    if not is_run or is_finished(out):
         return str(best)
     if "RANK" in os.environ:
         raise ValueError(f"there is no finished run in {out_dir}: start once without torchrun")
     for command in commands:
-        script, *flags = command.split()
+        script, *given = command.split()
         print(f"first    python {command}", flush=True)
-        ended = subprocess.run([sys.executable, str(ROOT / script), *flags]).returncode
+        before = signal.signal(signal.SIGINT, lambda *_: None)  # which ends the script, in its way
+        try:
+            ended = subprocess.run([sys.executable, str(ROOT / script), *given]).returncode
+        finally:
+            signal.signal(signal.SIGINT, before)
         if ended:
             raise ValueError(f"{script} ended with {ended}; the same command goes on from there")
     return str(best)

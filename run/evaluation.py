@@ -13,7 +13,7 @@ from run.log import say
 from run.machine import Machine, is_oom
 from run.team import Team
 from text.batches import eval_batches
-from text.chat import USER, Template, Turn, never
+from text.chat import never, question_ids
 from text.files import reason
 from text.tokenizer import Tokenizer
 from text.tokens import TokenData
@@ -53,8 +53,7 @@ def sample_text(model: GPT, tok: Tokenizer, prompt: str, machine: Machine) -> st
     The same numbers each time, and those of the run are not touched. To a model that answers, the
     prompt is a question.
     """
-    ids = Template(tok).prompt([Turn(USER, prompt)]) if tok.chat else tok.prompt(prompt)
-    ids = ids[-model.config.max_position_embeddings :]
+    ids = question_ids(tok, prompt)[-model.config.max_position_embeddings :]
     generator = torch.Generator(machine.device).manual_seed(0)
     how: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "vocab_size": tok.vocab_size}
     how["never"] = never(tok, tok.chat is not None)
@@ -89,5 +88,4 @@ def loss_sums(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], autocast: An
     if not losses:
         return torch.zeros(2, dtype=torch.float64)
     mean, tokens = torch.stack(losses).cpu().double().unbind(1)  # mps has no float64
-    # a batch without a target, as ranks may get, has a mean of NaN
-    return torch.stack((torch.where(tokens > 0, mean * tokens, 0).sum(), tokens.sum()))
+    return torch.stack(((mean * tokens).sum(), tokens.sum()))

@@ -20,6 +20,7 @@ from run.optim import schedule_of, state_of
 from run.parallel import share_optimizer
 from run.settings import changed
 from run.team import Team
+from text.chat import question_ids
 from text.files import whole
 from text.tokenizer import Tokenizer
 
@@ -62,7 +63,7 @@ class Start:
         in settings.changed; typed: the settings that were flags. Raises ValueError.
         """
         context, prompt = self.config.max_position_embeddings, now["config"]["sample_prompt"]
-        if (tokens := len(tok.encode(prompt))) > context:
+        if (tokens := len(question_ids(tok, prompt)) if prompt else 0) > context:
             say(f"WARNING  sample_prompt has {tokens} tokens: only the last {context} are read")
         if not self.saved:
             return tok
@@ -207,7 +208,8 @@ def find_start(
             if path.suffix == listing.PARTS:
                 raise ValueError(
                     f"{path} has no rows for the tokens of conversations, and is not enlarged; "
-                    "export it first (--to=hf), or start from a .pt file"
+                    f"make a folder of it: python export.py --init_from={path} --to=hf "
+                    "--output=FOLDER, and start from that: --init_from=hf:FOLDER"
                 )
             say(
                 f"model    {path} has {config.vocab_size} rows for tokens: "

@@ -5,9 +5,10 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from text.chat import ASSISTANT, SYSTEM, USER, Template, Turn
+from text.chat import Template
 from text.files import path_of
 from text.tokenizer import Tokenizer
+from text.turns import ASSISTANT, SYSTEM, USER, Turn
 
 COMMANDS = "/reset forgets what was said, /save [FILE] writes it, /quit ends"
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(\S.*))?")
@@ -92,7 +93,7 @@ class Talk:
                 with path.open("a", encoding="utf-8") as f:
                     f.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
                 say(f"{len(messages)} turns are one more line of {path}")
-            except OSError as e:
+            except (OSError, ValueError) as e:
                 say(f"not saved: {e}")
         else:
             say(f"no command /{command} {rest}".rstrip() + f"; {COMMANDS}")

@@ -13,8 +13,9 @@ import pytest
 import tokenizers
 
 from text import chat
-from text.chat import Template, Turn, conversation, with_chat
+from text.chat import Template, with_chat
 from text.tokenizer import get_tokenizer, gpt2_vocabulary
+from text.turns import Turn, conversation
 
 EOT = "<|endoftext|>"
 NAMES = (EOT, chat.START, chat.END)
@@ -401,10 +402,24 @@ FORMS_OF_ROWS = {
             Turn("assistant", "4"),
         ],
     ),
-    "an empty answer": (
-        {"instruction": "", "output": ""},
-        [Turn("user", ""), Turn("assistant", "")],
+    "an empty answer is none": ({"instruction": "Hi", "output": ""}, [Turn("user", "Hi")]),
+    "a system beside messages": (
+        {"conversations": SHAREGPT, "system": "Be brief."},
+        [Turn("system", "Be brief."), *QUESTION],
     ),
+    "a system beside one": (
+        {"messages": [{"role": "system", "content": "a"}, *MESSAGES], "system": "b"},
+        [Turn("system", "a"), *QUESTION],
+    ),
+    "an empty text for history": (
+        {**dict(instruction="Hi", output="Hello."), "history": ""},
+        QUESTION,
+    ),
+    "history in JSON": (
+        {"instruction": "a", "output": "b", "history": '[["Hi", "Hello."]]'},
+        [*QUESTION, Turn("user", "a"), Turn("assistant", "b")],
+    ),
+    "a weight of one": ({"messages": [{**one, "weight": 1} for one in MESSAGES]}, QUESTION),
     "prompt and completion": ({"prompt": "Hi", "completion": "Hello."}, QUESTION),
     "question and answer": ({"question": "Hi", "answer": "Hello."}, QUESTION),
     "half a pair before a whole one": (
@@ -492,7 +507,7 @@ REFUSED = {
     "no column at all": ({}, f"{NO_COLUMN}none"),
     "columns of nothing": (
         {"messages": None, "instruction": "Hi", "output": None},
-        f"{NO_COLUMN}messages, instruction, output",
+        f"{NO_COLUMN}messages, instruction, output (nothing in messages, output)",
     ),
     "half a pair of each": (
         {"instruction": "Hi", "completion": "Hello."},
@@ -510,6 +525,10 @@ REFUSED = {
     "half a turn": (
         {"messages": [{"role": "user", "value": "Hi"}]},
         "messages[0] has no role and content: {'role': 'user', 'value': 'Hi'}",
+    ),
+    "a weight": (
+        {"messages": [MESSAGES[0], {**MESSAGES[1], "weight": 0}]},
+        "messages[1] has a weight, 0, not read",
     ),
     "a number for content": (one(4), "messages[1].content is no text but 4"),
     "nothing for content": (one(None), "messages[1].content is no text but None"),
@@ -586,7 +605,7 @@ STRANGE = {
     "as deep as it goes": (one(json.loads("[" * 500 + "]" * 500)), r"messages\[1\].* \[\[\["),
     "a number of 5000 digits": ({"messages": f"[{'9' * 5000}]"}, "messages"),
     "a number for history": (paired(history=7), "history"),
-    "one text for history": (paired(history="ab"), "history"),
+    "one text for history": (paired(history="ab"), "history is a text, and not one in JSON"),
     "an object for history": (paired(history={"ab": 1}), "history"),
     "an array of no dimension": ({"messages": np.array(MESSAGES[0])}, "messages is no list"),
     "a long content": (one({"x" * 9999: "y" * 9999}), r"messages\[1\]\.content is no text but"),

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,13 +12,16 @@ from conftest import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.stdlib import stdlib_conversations
 from data.verify import check_folder
 from model import GPT, IGNORE_INDEX, GPTConfig
+from text import packing
 from text.batches import TrainLoader, eval_batches, open_split, order_of
-from text.chat import Template, conversation, with_chat
+from text.chat import Template, with_chat
 from text.packing import pack, pieces
 from text.tokenizer import get_tokenizer
 from text.tokens import ASKS, BEGINS, COUNTS, ID
+from text.turns import conversation
 
 CPU = torch.device("cpu")
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven"]
@@ -38,6 +42,9 @@ SHAREGPT = [
     {"conversations": [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": f"{i}!"}]}
     for i in range(40)
 ]
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 
 
 def write(path, rows):
@@ -121,6 +128,79 @@ def test_a_table_is_alpacas(prepare, tmp_path):
     assert sorted([*stored(folder, "train"), *stored(folder, "val")]) == sorted(made(rows))
 
 
+@pytest.mark.parametrize("kind", [".csv", ".csv.gz", ".tsv", ".zip"])
+def test_a_bad_row_of_a_table_costs_its_row(prepare, tmp_path, kind):
+    lines = [f"Add {i}.,{i}" for i in range(40)]
+    lines[20] = "Add."
+    text = "instruction , output\n" + "".join(f"{line}\n" for line in lines)
+    text = text.replace(",", "\t") if kind == ".tsv" else text
+    path = tmp_path / f"a{kind}"
+    if kind == ".zip":
+        with zipfile.ZipFile(path, "w") as z:
+            z.writestr("a.csv", text)
+    else:
+        path.write_bytes(gzip.compress(text.encode()) if kind == ".csv.gz" else text.encode())
+    folder = prepare(path, "--skip_bad=True")
+    assert len(stored(folder, "train")) + len(stored(folder, "val")) == 39
+    assert "line 22: 1 fields, not 2" in prepare.said
+
+
+def test_a_bad_conversation_of_a_table_costs_its_row(prepare, tmp_path):
+    path = tmp_path / "a.csv"
+    turns = json.dumps(MESSAGES).replace('"', '""')
+    rows = [f'"{turns}"'] * 40
+    rows[20] = f'"{turns.replace("assistant", "tool")}"'
+    path.write_text("messages\n" + "".join(f"{row}\n" for row in rows))
+    folder = prepare(path, "--skip_bad=True")
+    assert len(stored(folder, "train")) + len(stored(folder, "val")) == 39
+    assert f"{path} line 22: messages[1] has the role 'tool'" in prepare.said
+
+
+@pytest.mark.parametrize("names", ["title,body", "question"])
+def test_a_table_without_conversations_names_its_columns(script, tmp_path, names):
+    path = tmp_path / "a.csv"
+    path.write_text(f"{names}\n" + f"{names}\n" * 9)
+    what = [f"--source={path}", f"--dataset={tmp_path / 'd'}", "--chat=True", "--tokenizer=bytes"]
+    result = script("data/prepare.py", *what)
+    assert result.code == 1 and names.split(",")[-1] in result.err, result.err
+
+
+def test_a_file_of_lines_is_not_counted_for_its_names(prepare, tmp_path, monkeypatch):
+    """Each part would read all that is before it."""
+    from data import parts, readers
+
+    monkeypatch.setattr(parts, "SMALLEST_PART", 500)
+    monkeypatch.setattr(readers, "lines_before", None)
+    prepare(write(tmp_path / "a.jsonl", ROWS))
+
+
+def test_only_so_many_tokens_are_taken(prepare, tmp_path):
+    folder = prepare(write(tmp_path / "a.jsonl", ROWS), "--max_tokens=2k")
+    both = [*stored(folder, "train"), *stored(folder, "val")]
+    assert 2000 <= sum(len(ids) for ids, _ in both) < 2500
+    assert sorted(both) == sorted(made(ROWS[: len(both)]))
+
+
+def test_another_split_validates(prepare, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    write(source / "train.jsonl", ROWS[:50])
+    write(source / "test.jsonl", ROWS[50:])
+    folder = prepare(source, "--val_split=test")
+    assert stored(folder, "val") == made(ROWS[50:])
+    assert stored(folder, "train") == made(ROWS[:50])
+
+
+def test_the_embedded_conversations(prepare):
+    folder = prepare("stdlib", "--tokenizer=bytes")
+    text = b"".join(bytes(i for i in ids if i < 256) for ids, _ in stored(folder, "train"))
+    assert text.count(b"assistant\n") > 3000 and b"json.dumps" in text
+    rows = [*stdlib_conversations()]
+    assert len({turns[0].content for turns in rows}) == len(rows) > 1500
+    assert [*stdlib_conversations()] == rows
+    assert all(len(turns) == 4 and turns[1].content[-1] in ".!?" for turns in rows)
+
+
 def test_the_form_is_said(prepare, tmp_path):
     prepare(write(tmp_path / "a.jsonl", [*ROWS, *ALPACA]))
     assert "60 conversations by the column messages" in prepare.said
@@ -184,12 +264,16 @@ def test_a_parquet_without_conversations_names_its_columns(script, tmp_path):
     assert result.code == 1 and "there are title, body" in result.err, result.err
 
 
-def test_shares_are_read_as_they_will_be_merged(prepare, script, tmp_path, monkeypatch):
+@pytest.mark.parametrize("uneven", [False, True])
+def test_shares_are_read_as_they_will_be_merged(prepare, tmp_path, monkeypatch, uneven):
     from data import parts
 
     monkeypatch.setattr(parts, "SMALLEST_PART", 500)
     path = write(tmp_path / "a.jsonl", ROWS)
     whole = prepare(path, name="whole")
+    if uneven:  # by whole conversations, whatever they weigh
+        write(path, [*ROWS, {"question": "x" * 20_000, "answer": "y"}])
+        whole = prepare(path, name="uneven")
     for i in range(3):
         folder = prepare(path, f"--shards={i}/3", name="shares")
     sizes = 64, 320
@@ -268,6 +352,28 @@ def test_windows_begin_with_a_conversation_and_what_counts_is_predicted_once(fol
         i for ids, counts in stored(folder, "train") for i, c in zip(ids, counts, strict=True) if c
     ]
     assert {*(rows[:, 1:][counted] & ID).tolist()} <= {*found}
+
+
+def test_answers_beyond_the_context_are_named(folder):
+    with pytest.raises(ValueError, match="no answer that begins within a context of 8 tokens"):
+        open_split(folder, "train", 8, 320)
+
+
+@pytest.mark.parametrize("eot", [400_000, 320, "x", -1])
+def test_a_meta_that_cannot_be_is_refused(folder, eot):
+    path = folder / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eot": eot}))
+    with pytest.raises(ValueError, match="eot|400000"):
+        open_split(folder, "train", 100, 320)
+
+
+def test_a_long_stream_is_looked_at_in_blocks(folder, monkeypatch):
+    whole = open_split(folder, "train", 100, 320)
+    for block in (1, 7, 1000):
+        monkeypatch.setattr(packing, "BLOCK", block)
+        again = open_split(folder, "train", 100, 320)
+        assert (again.counts == whole.counts).all() and again.said == whole.said
+        assert (again.windows(np.arange(3)) == whole.windows(np.arange(3))).all()
 
 
 def test_targets_are_what_counts(folder):

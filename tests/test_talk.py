@@ -20,8 +20,9 @@ from making.sampling import stream
 from model import GPT, GPTConfig
 from run import before
 from run.talk import Talk
-from text.chat import CHATML, END, START, Template, Turn, conversation, never, with_chat
+from text.chat import CHATML, END, START, Template, never, with_chat
 from text.tokenizer import from_saved, get_tokenizer, well_formed
+from text.turns import Turn, conversation
 
 SIZE = GPTConfig(
     vocab_size=320,
@@ -175,7 +176,10 @@ SPECIAL = [
     *(START, END, "<|user|>", "<|assistant|>", "<|system|>"),
 ]
 OWN = {"Llama 3": LLAMA3, "Zephyr": ZEPHYR, "Mistral": MISTRAL, "Qwen 3": THINKING}
-ENDS = {"Llama 3": "<|eot_id|>", "Zephyr": "</s>", "Mistral": "</s>", "Qwen 3": END}
+# TinyLlama's and Llama 2's, whose marks of a turn's begin are letters
+OWN |= {"letters": ZEPHYR.replace("<|", "<+").replace("[INST]", "(INST)")}
+OWN |= {"more letters": MISTRAL.replace("[INST]", "(INST)").replace("[/INST]", "(/INST)")}
+ENDS = {name: "</s>" for name in OWN} | {"Llama 3": "<|eot_id|>", "Qwen 3": END}
 
 
 @pytest.fixture
@@ -239,6 +243,70 @@ def test_an_imported_template_gives_transformers_ids(own, name):
         assert begins.sum() == sum(t.role == "user" for t in turns)
 
 
+def test_a_tokenizer_without_special_tokens_has_no_end(own, tmp_path):
+    folder = own(ZEPHYR)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(spec | {"added_tokens": []}))
+    with pytest.raises(ValueError, match="no special token at the end"):
+        with_chat(get_tokenizer("tokenizer.json", folder))
+
+
+def test_a_template_sees_what_transformers_gives_it(own):
+    template = (
+        "{% if tools is none and documents is none %}{{ bos_token }}{% endif %}"
+        "{% for m in messages %}{{ m | tojson(ensure_ascii=False) ~ m.content + eos_token }}"
+        "{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="or repeats it"):
+        with_chat(get_tokenizer("tokenizer.json", own(template)))
+    template = template.replace("m | tojson(ensure_ascii=False) ~ ", "[1] | tojson ~ ")
+    tok = with_chat(get_tokenizer("tokenizer.json", own(template)))
+    assert Template(tok).encode(HELLO).ids[0] == 0
+
+
+@pytest.mark.parametrize("special", [False, None])
+def test_names_that_any_text_may_have_are_refused(own, special):
+    """A vocabulary with ChatML's tokens, added but not special, or as plain words."""
+    folder = own("")
+    (folder / "tokenizer_config.json").unlink()
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["special"] &= special is not False or token["content"] not in (START, END)
+    if special is None:
+        spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != END]
+    text = json.dumps(spec)
+    with pytest.raises(ValueError, match=r"im_(start|end)\|>, but not as a special token"):
+        with_chat(get_tokenizer("tokenizer.json", json_text=text, eot="</s>"))
+
+
+def test_a_vocabulary_with_a_hole_is_refused_before_it_is_used(own):
+    spec = json.loads((own("") / "tokenizer.json").read_text())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in (START, END)]
+    spec["model"]["vocab"] = {
+        k: v if v < 290 else v + 5
+        for k, v in spec["model"]["vocab"].items()
+        if k not in (START, END)
+    }
+    tok = get_tokenizer("tokenizer.json", json_text=json.dumps(spec), eot="</s>")
+    with pytest.raises(ValueError, match="has ids without a token below"):
+        with_chat(tok)
+
+
+def test_a_model_in_gpt2s_tokens_may_have_its_own_template():
+    tok = dataclasses.replace(
+        get_tokenizer("bytes"), stated={"tokenizer": {"chat_template": OWN_BYTES}}
+    )
+    ids, counts, _ = Template(with_chat(tok)).encode([*HELLO, Turn("assistant", "Hi.")])
+    assert bytes(ids[:-1].tolist()) == b"Q: Hello?\nA: Hi." and ids[-1] == 256
+    assert counts.tolist() == [False] * 13 + [True] * 4
+
+
+OWN_BYTES = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'Q: ' + m.content + '\nA: ' }}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
 def test_a_template_that_refuses_names_why(own):
     template = Template(with_chat(get_tokenizer("tokenizer.json", own(MISTRAL))))
     with pytest.raises(ValueError, match="roles must alternate"):
@@ -259,6 +327,10 @@ def test_a_template_that_refuses_names_why(own):
         ("{{ ''.__class__.__mro__ }}", "takes no such conversation"),
         ("{{ lipsum.__globals__['os'].system('true') }}", "takes no such conversation"),
         ("{% for i in range(10**9) %}{% endfor %}", "takes no such conversation"),
+        ("{% for i in [1] %}" * 25 + "{% endfor %}" * 25, "no template of Jinja's"),
+        ("{% break %}", "no template of Jinja's"),
+        ("{{ namespace(a=1, a=2) }}", "no template of Jinja's"),
+        ("{{ " + "9" * 5000 + " }}", "no template of Jinja's"),
         (CHATML.replace("message['content']", "message['content'] * 2"), "changes what|repeats"),
     ],
 )
@@ -338,6 +410,21 @@ def test_what_was_said_is_part_of_the_question():
     talk.heard("two")
     turns = [Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three")]
     assert talk.ask("three") == talk.template.prompt(turns)
+
+
+def test_an_answer_that_never_began_is_an_empty_one(script, out, typed, monkeypatch):
+    """Ctrl-C while the compiler works: the next question is still asked after an answer."""
+    typed("one\n/save a.jsonl\n/quit\n")
+    monkeypatch.chdir(out)
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("making.sampling.stream", stopped)
+    result = script("sample.py", f"--out_dir={out}", "--chat=True")
+    assert result.code == 0, result.err
+    saved = json.loads((out / "a.jsonl").read_text(encoding="utf-8"))
+    assert conversation(saved) == [Turn("user", "one"), Turn("assistant", "")]
 
 
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full(capsys):
@@ -527,6 +614,50 @@ def test_answers_are_measured(script, out, tmp_path):
     assert [r["answer"] for r in found["records"]] == [said, "no"]
     assert not found["records"][1]["exact"]
     assert script("evaluate.py", *flags, "--limit=1").code == 0
+    long = [*HELLO, Turn("assistant", "x" * 200), *HELLO, Turn("assistant", "yes")]
+    empty = [*HELLO, Turn("assistant", "")]
+    for row, expected in (
+        (long, {"answers": 1, "left_out": 1}),
+        (empty, {"bytes": 0, "bits_per_byte": None}),
+    ):
+        file.write_text(json.dumps({"messages": [t._asdict() for t in row]}))
+        result = script("evaluate.py", *flags)
+        assert result.code == 0, result.err
+        found = json.loads(result.out)
+        assert {k: found.get(k) for k in expected} == expected
+        assert ("exact_first" in found) == (row is empty)
+
+
+def test_a_runs_own_conversations_are_measured(script, tmp_path):
+    tok, rows = byte_chat(), []
+    for i in range(40):
+        rows.append({"question": f"What is {i}?", "answer": f"It is {i}."})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = tmp_path / "data"
+    what = [f"--source={tmp_path / 'a.jsonl'}", f"--dataset={data}", "--tokenizer=bytes"]
+    assert script("data/prepare.py", *what, "--chat=True").code == 0
+    path = save(tmp_path / "out" / "ckpt_1.pt", talker(256), tok)
+    flags = ["--task=chat", f"--out_dir={path.parent}", "--device=cpu"]
+    found = {}
+    for split in ("val", "train"):
+        more = [f"--dataset={data}", f"--split={split}", f"--out={tmp_path / split}"]
+        result = script("evaluate.py", *flags, *more)
+        assert result.code == 0, result.err
+        found[split] = json.loads((tmp_path / split).read_text())
+    answers = [r["answer"] for s in found.values() for r in s["records"]]
+    assert sorted(answers) == sorted(row["answer"] for row in rows)
+    result = script("evaluate.py", *flags, f"--file={tmp_path / 'a.jsonl'}")
+    whole = json.loads(result.out)
+    nats = sum(s["loss"] * s["tokens"] for s in found.values())
+    assert whole["loss"] * whole["tokens"] == pytest.approx(nats, rel=1e-5)
+    more = [f"--dataset={data}", "--split=train", "--limit=5", f"--out={tmp_path / 'five'}"]
+    for _ in range(2):
+        assert script("evaluate.py", *flags, *more).code == 0
+    five = json.loads((tmp_path / "five").read_text())
+    assert five["conversations"] == 5
+    assert {r["answer"] for r in five["records"]} <= {
+        r["answer"] for r in found["train"]["records"]
+    }
 
 
 # --- before a run
@@ -555,7 +686,8 @@ def test_what_a_run_starts_from_is_made_once(tmp_path, monkeypatch):
         [str(ROOT / "train.py"), "c.py", "--x=1"],
     ]
     (tmp_path / "base" / "config.json").write_text('{"max_iters": 9}')
-    for argv in (["pytest"], ["train.py", "--dry_run"], ["train.py", "--dry-run=True"]):
+    elsewhere = ["train.py", "--init_from", "resume"]
+    for argv in (["pytest"], ["train.py", "--dry_run"], ["train.py", "--dry-run=True"], elsewhere):
         monkeypatch.setattr(sys, "argv", argv)
         before.trained(*wanted)
     assert len(calls) == 2, "a plan starts nothing"

@@ -1,4 +1,4 @@
-"""Conversations: the forms that they come in, and the tokens that they become.
+"""Conversations to tokens, by a chat template.
 
 The template is ChatML's, unless a model was imported with its own. A turn is a role and its content
 between two tokens of their own:
@@ -12,17 +12,16 @@ What counts for the loss is the assistant's content and the token that ends its 
 """
 
 import functools
-import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from text.files import SHORT
 from text.tokenizer import Ids, Tokenizer, chatting, well_formed
+from text.turns import ASSISTANT, USER, Turn
 
 START, END = "<|im_start|>", "<|im_end|>"  # as files name the tokens; in a text they are letters
 CHATML = (
@@ -34,126 +33,10 @@ CHATML = (
 # Lone surrogates stand in no text, since UTF-8 has none: marks of where a content begins and ends
 # in what a template makes of it, and one inside the names of tokens that a content spells.
 OPEN, CLOSE, SPELT = "\udc80", "\udc81", "\udc82"
+# Of an added token that is none of a text
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
 MARKS = re.compile(f"[{OPEN}{CLOSE}]")
 NO_END = "its chat template has no special token at the end of an answer"
-SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-ROLES = {
-    **{name: name for name in (SYSTEM, USER, ASSISTANT)},
-    "developer": SYSTEM,  # OpenAI's newer word
-    **{"human": USER, "prompter": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bot": ASSISTANT},
-    "model": ASSISTANT,
-}
-COLUMNS = ("messages", "conversations", "conversation")  # of turns
-TURNS = (("role", "content"), ("from", "value"))  # the fields of one
-PARTS = ("text", "input_text", "output_text")  # of a content, by OpenAI's names
-PAIRS = (
-    *(("instruction", "output"), ("instruction", "response")),  # Alpaca's, Dolly's
-    *(("prompt", "completion"), ("question", "answer")),
-)
-MORE = ("system", "input", "context", "history")  # Alpaca's and Dolly's, beside a pair
-CHAT_COLUMNS = (*COLUMNS, *itertools.chain(*PAIRS), *MORE)
-
-
-class Turn(NamedTuple):
-    """What one of ROLES' values says."""
-
-    role: str
-    content: str
-
-
-def conversation(row: Mapping[str, Any]) -> list[Turn]:
-    """The turns of a row of data. Raises ValueError saying what in it is no conversation.
-
-    Either a column of turns, as the Hub, OpenAI and ShareGPT have it, or the two columns of a
-    question and its answer, as Alpaca has it with its `input`, `system` and `history`.
-    """
-    used = columns_of(row)
-    return turns_in(row[used[0]], used[0]) if len(used) == 1 else alpaca(row, *used)
-
-
-def columns_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The columns of a row that its conversation is in. Raises ValueError as above."""
-    return conversation_columns([name for name in row if row[name] is not None], row)
-
-
-def conversation_columns(names: Iterable[str], there: Iterable[Any] = ()) -> tuple[str, ...]:
-    """Which of a row's columns that hold something are its conversation: one, or a pair.
-
-    there: all its columns, for the message. Raises ValueError where none are.
-    """
-    names = [*names]
-    for used in (*((column,) for column in COLUMNS), *PAIRS):
-        if {*used} <= {*names}:
-            return used
-    raise ValueError(
-        f"no column {' or '.join(COLUMNS[:2])} and no {' and '.join(PAIRS[0])}; there are "
-        f"{', '.join([*map(str, there or names)][:9]) or 'none'}"
-    )
-
-
-def turns_in(value: Any, column: str) -> list[Turn]:
-    """The turns of a column: a list of objects, or that as JSON. Raises ValueError as above."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{column} is a text, and not one in JSON ({e})") from e
-    return [turn_in(one, f"{column}[{i}]") for i, one in enumerate(listed(value, column, "turns"))]
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON would have it: an array, as some readers of files make, becomes a list."""
-    return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-def listed(value: Any, where: str, of: str) -> list[Any]:
-    """A list, whatever kind of one a file's reader makes. Raises ValueError as above."""
-    found = plain(value)
-    if not isinstance(found, list | tuple):
-        raise ValueError(f"{where} is no list of {of} but {SHORT.repr(found)}")
-    return list(found)
-
-
-def turn_in(value: Any, where: str) -> Turn:
-    """A turn of a column. Raises ValueError as above."""
-    for role, content in TURNS:
-        if isinstance(value, Mapping) and value.get(role) is not None and content in value:
-            known = ROLES.get(str(value[role]).lower())
-            if known is None:
-                raise ValueError(f"{where} has the role {SHORT.repr(value[role])}")
-            return Turn(known, words(value[content], f"{where}.{content}"))
-    raise ValueError(f"{where} has no role and content: {SHORT.repr(value)}")
-
-
-def words(value: Any, where: str) -> str:
-    """A content: a text, or OpenAI's list of parts that are texts. Raises ValueError as above."""
-    if isinstance(value, str):
-        return value
-    parts = plain(value)
-    if isinstance(parts, list | tuple) and all(map(is_text, parts)):
-        return "".join(part["text"] for part in parts)
-    raise ValueError(f"{where} is no text but {SHORT.repr(parts)}")
-
-
-def is_text(part: Any) -> bool:
-    """Whether a part of a content is a text: not an image, whatever text stands beside it."""
-    known = isinstance(part, Mapping) and part.get("type", "text") in PARTS
-    return known and isinstance(part.get("text"), str)
-
-
-def alpaca(row: Mapping[str, Any], asked: str, answered: str) -> list[Turn]:
-    """The turns of a row with a column each for question and answer. Raises ValueError as above."""
-    given = {k: row[k] for k in MORE if row.get(k) is not None}
-    system, *more = (words(given.get(k, ""), k) for k in ("system", "input", "context"))
-    turns = [Turn(SYSTEM, system)] if system else []
-    for i, pair in enumerate(listed(given.get("history", []), "history", "pairs")):
-        both = plain(pair)
-        if not isinstance(both, list | tuple) or len(both) != 2:
-            raise ValueError(f"history[{i}] is no pair: {SHORT.repr(both)}")
-        for role, text in zip((USER, ASSISTANT), both, strict=True):
-            turns.append(Turn(role, words(text, f"history[{i}]")))
-    question = "\n\n".join([words(row[asked], asked), *filter(None, more)])
-    return [*turns, Turn(USER, question), Turn(ASSISTANT, words(row[answered], answered))]
 
 
 class Encoded(NamedTuple):
@@ -167,7 +50,8 @@ class Encoded(NamedTuple):
 def with_chat(tok: Tokenizer) -> Tokenizer:
     """The tokenizer with a way to write conversations: its model's own, else ChatML.
 
-    ChatML's two tokens are those of the vocabulary, where it has them, else the next ids.
+    ChatML's two tokens are those of the vocabulary, where it has them, else the next ids. Raises
+    ValueError for a template or a vocabulary with which that cannot be.
     """
     added: dict[str, int] = {}
     if not (template := own_template(tok)):
@@ -175,6 +59,8 @@ def with_chat(tok: Tokenizer) -> Tokenizer:
         for name in (START, END):
             if name not in there:
                 added[name] = tok.vocab_size + len(added)
+        if tok.json_text is not None:
+            with_tokens(tok.json_text, added)
     names = {i: name for name, i in special_tokens(tok).items()}
     stated = tok.stated.get("tokenizer") or {}
     marks = {}
@@ -183,8 +69,43 @@ def with_chat(tok: Tokenizer) -> Tokenizer:
         named = named.get("content") if isinstance(named, dict) else named
         marks[kind] = named if isinstance(named, str) else names.get(-1 if i is None else i, "")
     entry = {"template": template, "added": added, "end": 0, **marks}  # the end is found out
-    entry["end"] = Template(chatting(tok, entry)).end
+    try:
+        entry["end"] = Template(chatting(tok, entry)).end
+    except ValueError as e:
+        if template == CHATML:
+            raise
+        hint = "without it, in tokenizer_config.json or chat_template.jinja, it gets ChatML"
+        raise ValueError(f"{e}; {hint}") from e
     return chatting(tok, entry)
+
+
+def with_tokens(json_text: str, added: Mapping[str, int]) -> str:
+    """A tokenizer.json with more special tokens. Raises ValueError where they get other ids."""
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    spec = json.loads(json_text)
+    there = {token["content"]: token for token in spec.get("added_tokens") or []}
+    if plain := [name for name in added if name in there or name in vocabulary_of(spec)]:
+        raise ValueError(
+            f"its tokenizer.json has {plain[0]}, but not as a special token, so that any text may "
+            'have it; write "special": true there'
+        )
+    more = [{"id": i, "content": name, **FLAGS} for name, i in added.items()]
+    spec["added_tokens"] = [*there.values(), *more]
+    made = json.dumps(spec, ensure_ascii=False)
+    ids = HuggingFaceTokenizer.from_str(made).token_to_id
+    if wrong := [name for name, i in added.items() if ids(name) != i]:
+        raise ValueError(
+            f"its tokenizer.json has ids without a token below {max(added.values())}, where "
+            f"{wrong[0]} would be put; give them tokens of their own"
+        )
+    return made
+
+
+def vocabulary_of(spec: dict[str, Any]) -> Container[str]:
+    """The tokens of a tokenizer.json's model by their texts; none of a kind without texts."""
+    vocab = (spec.get("model") or {}).get("vocab")
+    return vocab if isinstance(vocab, dict) else ()
 
 
 def own_template(tok: Tokenizer) -> str:
@@ -202,8 +123,13 @@ def special_tokens(tok: Tokenizer) -> dict[str, int]:
     if tok.json_text is None:
         return {"<|endoftext|>": tok.eot, **added}
     spec = json.loads(tok.json_text)
-    found = {t["content"]: t["id"] for t in spec.get("added_tokens") or [] if t.get("special")}
-    return {**found, **added}
+    tokens = [t for t in spec.get("added_tokens") or [] if t.get("special") and t["content"]]
+    return {**{t["content"]: t["id"] for t in tokens}, **added}
+
+
+def question_ids(tok: Tokenizer, text: str) -> list[int]:
+    """What a model goes on with after a text: as a question, where it was taught to answer."""
+    return Template(tok).prompt([Turn(USER, text)]) if tok.chat else tok.prompt(text)
 
 
 def never(tok: Tokenizer, answering: bool) -> list[int]:
@@ -237,12 +163,13 @@ def compiled(template: str) -> Callable[..., str]:
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    env.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
+    env.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_ascii": False, **how})
     env.globals["raise_exception"] = fail
     try:
         made = env.from_string(template)
-    except (TemplateError, RecursionError) as e:
-        raise ValueError(f"its chat template is no template of Jinja's ({e})") from e
+    except Exception as e:  # Python's own compiler has its limits, too
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"its chat template is no template of Jinja's ({reason})") from e
 
     def render(**values: Any) -> str:
         try:
@@ -264,6 +191,8 @@ class Template:
         assert tok.chat is not None
         self.tok, self.own = tok, tok.chat.template != CHATML
         self.special = special_tokens(tok)
+        if not self.special:
+            raise ValueError(NO_END)
         names = sorted(self.special, key=len, reverse=True)
         self.names = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self.render = compiled(tok.chat.template)
@@ -271,10 +200,12 @@ class Template:
             "bos_token": tok.chat.bos,
             "eos_token": tok.chat.eos,
             "enable_thinking": False,  # Qwen3's: an answer begins at once
+            "tools": None,
+            "documents": None,
         }
         probe = self.encode([Turn(USER, "Hi"), Turn(ASSISTANT, "Hi")])
         self.end = int(probe.ids[probe.counts][-1])  # of an answer
-        if self.own:
+        if self.own and tok.json_text is not None:
             self.check(probe.ids.tolist())
 
     def check(self, ids: list[int]) -> None:
@@ -294,7 +225,7 @@ class Template:
     def spelt(self, turns: Sequence[Turn]) -> list[Turn]:
         """Turns in which the names of special tokens are none, and that are UTF-8."""
         return [
-            turn._replace(content=self.names.sub(spelt, well_formed(turn.content)))
+            turn._replace(content=self.names.sub(broken, well_formed(turn.content)))
             for turn in turns
         ]
 
@@ -384,7 +315,7 @@ class Walk:
 
     def text(self, piece: str) -> None:
         """What stands between two special tokens, with its marks."""
-        before, head = self.counting, None  # head: what stands before an answer
+        head = None  # what stands before an answer
         parts = re.split(f"([{OPEN}{CLOSE}])", piece.replace(SPELT, ""))
         for i, part in enumerate(parts):
             if part == OPEN:
@@ -393,15 +324,15 @@ class Walk:
                 self.open, turn = True, next(self.said)
                 if turn.role == ASSISTANT:
                     self.counting, head = True, "".join(parts[0:i:2])
-                elif self.next is not None:
-                    self.begins.append(self.next)
+                elif self.ended:
+                    self.begins.append(self.length if self.next is None else self.next)
                 self.ended, self.next = False, None
             elif part == CLOSE:
                 self.open = False
         if not (text := "".join(parts[::2])):
             return
         ids = self.tok.encode_array(text)
-        counts = np.full(len(ids), before)
+        counts = np.zeros(len(ids), np.bool_)
         if head is not None:
             alike = [a == b for a, b in zip(self.tok.encode_array(head), ids, strict=False)]
             counts[alike.index(False) if False in alike else len(alike) :] = True
@@ -413,6 +344,6 @@ def inside(turn: Turn) -> Turn:
     return turn._replace(content=f"{OPEN}{turn.content}{CLOSE}")
 
 
-def spelt(match: re.Match[str]) -> str:
-    """The name of a token with a mark in it."""
-    return f"{match[0][0]}{SPELT}{match[0][1:]}"
+def broken(match: re.Match[str]) -> str:
+    """The name of a token with a mark in it, so that it is none."""
+    return f"{SPELT}{match[0]}" if len(match[0]) < 2 else f"{match[0][0]}{SPELT}{match[0][1:]}"

@@ -17,7 +17,7 @@ from text.shuffle import permute
 from text.tokens import ASKS, BEGINS, COUNTS, ID, Ints, TokenData
 
 KEY = 0  # of the order in which conversations of one length are packed
-BLOCK = 2**24  # tokens that are looked at together
+BLOCK = 2**22  # tokens that are looked at together
 
 
 def marked(
@@ -41,13 +41,20 @@ class Conversations(TokenData):
     def check(self, path: Path, meta: dict[str, Any]) -> None:
         """Pack the windows; the split may be shorter than one."""
         self.pad = int(meta["eot"])  # fills a window up
+        if self.pad >= self.vocab_size:
+            raise ValueError(self.too_large(self.pad, f"{path.parent / 'meta.json'}, as eot,"))
         begins = self.places(BEGINS)
         found = pieces(begins, self.places(ASKS), self.tokens, self.context + 1)
         starts, lengths, cut, long = found
-        counts = self.counted(starts, lengths)
+        # the first of a piece is not predicted
+        counts = self.counted_before(starts + lengths) - self.counted_before(starts + 1)
         kept = np.flatnonzero(counts)
         if not len(kept):
-            raise ValueError(f"{path} has no token that counts: no conversation has an answer")
+            raise ValueError(
+                f"{path} has no answer that begins within a context of {self.context} tokens; "
+                "set a larger --max_position_embeddings, or prepare conversations with short "
+                "questions"
+            )
         kept = kept[np.argsort(permute(np.arange(len(kept)), len(kept), KEY))]
         window = pack(lengths[kept], self.context + 1)
         order = np.argsort(window, kind="stable")
@@ -77,10 +84,19 @@ class Conversations(TokenData):
                 found.append(np.flatnonzero(ids[at : at + BLOCK] & np.uint32(mark)) + at + begin)
         return np.concatenate(found)
 
-    def counted(self, starts: Ints, lengths: Ints) -> Ints:
-        """How many tokens count in pieces that begin at `starts`, but for the first of each."""
-        places = self.places(COUNTS)
-        return np.searchsorted(places, starts + lengths) - np.searchsorted(places, starts + 1)
+    def counted_before(self, places: Ints) -> Ints:
+        """How many tokens of the stream count before each of the places."""
+        found, order = np.empty(len(places), np.int64), np.argsort(places, kind="stable")
+        ordered, total = places[order], 0
+        for ids, begin in zip(self.ids, self.begins, strict=False):
+            for at in range(begin, begin + len(ids), BLOCK):
+                marks = ids[at - begin : at - begin + BLOCK] >> np.uint32(31)
+                sums = total + np.concatenate([[0], np.cumsum(marks, dtype=np.int64)])
+                here = slice(*np.searchsorted(ordered, [at, at + len(marks)]))
+                found[order[here]] = sums[ordered[here] - at]
+                total = int(sums[-1])
+        found[order[np.searchsorted(ordered, self.tokens) :]] = total
+        return found
 
     def eval_starts(self, windows: int) -> Ints:
         """At most so many windows, spread evenly over the split."""
@@ -93,19 +109,18 @@ class Conversations(TokenData):
         The first token of a piece never counts: nothing before it is of its conversation. Raises
         ValueError as TokenData's.
         """
-        assert length is None
         found = np.full((len(starts), self.context + 1), self.pad, np.uint32)
         for number, row in zip(starts.tolist(), found, strict=True):
             at = 0
             for i in range(self.edges[number], self.edges[number + 1]):
-                start, length = int(self.starts[i]), int(self.lengths[i])
-                piece = row[at : at + length]
-                self.read(start, piece)
-                piece[0] &= np.uint32(ID)
-                at += length
-                if (largest := int((piece & np.uint32(ID)).max())) >= self.vocab_size:
-                    at = start + int((piece & np.uint32(ID)).argmax())
-                    self.refuse(largest, at)
+                first, size = int(self.starts[i]), int(self.lengths[i])
+                piece = row[at : at + size]
+                self.read(first, piece)
+                ids = piece & np.uint32(ID)
+                if (largest := int(ids.max())) >= self.vocab_size:
+                    self.refuse(largest, first + int(ids.argmax()))
+                piece[0] = ids[0]
+                at += size
         found &= np.uint32(COUNTS | ID)
         return found
 

@@ -84,9 +84,10 @@ def missing(folder: Path, split: str = "train") -> str:
             "(with --merge=True once all --shards=I/N are there)"
         )
     name = folder.name if folder.parent == DATA else str(folder)
-    flags = {"openwebtext": "", "stdlib": " --source=stdlib"}.get(
-        name, f" --source=PATH --dataset={name}"
-    )
+    known = {"openwebtext": "", "stdlib": " --source=stdlib"}
+    known |= {"stdlib_chat": " --source=stdlib --chat=True"}
+    known |= {"chat": " --source=PATH --chat=True --dataset=chat"}
+    flags = known.get(name, f" --source=PATH --dataset={name}")
     there = [p.parent.name for p in sorted(DATA.glob("*/meta.json"))]
     near = ", ".join(difflib.get_close_matches(folder.name, there, 3, 0.5) or there[:5])
     what = f"no {split}.bin in {folder}" if folder.is_dir() else f"there is no dataset {folder}"
@@ -160,7 +161,8 @@ def unmerged(folder: Path, split: str, meta: dict[str, Any]) -> tuple[list[Piece
     if documents < 2:
         raise ValueError(f"{work} holds {documents} documents; to split one takes --merge=True")
     fraction = val_share(documents, meta["val_fraction"])
-    if val_from is None and cut_at(np.concatenate(lengths), fraction, meta["split_seed"]):
+    whole_ones = val_from is not None or "chat" in meta
+    if not whole_ones and cut_at(np.concatenate(lengths), fraction, meta["split_seed"]):
         raise ValueError(
             f"{work} holds few documents of very unequal length; to split them takes --merge=True"
         )
@@ -293,10 +295,11 @@ class TokenData:
     def bits_per_byte(self, loss: float) -> float | None:
         """A loss in nats per token in bits per byte of text; None where the bytes are unknown.
 
-        So they are of what counts in conversations.
+        Those that count in conversations are.
         """
-        known = self.nbytes and not self.packed
-        return loss * self.tokens / self.nbytes / math.log(2) if self.nbytes and known else None
+        if self.packed or not self.nbytes:
+            return None
+        return loss * self.tokens / self.nbytes / math.log(2)
 
     def check_size(self) -> None:
         """Raises ValueError when a file has shrunk: reading its end would kill the process."""
@@ -327,6 +330,12 @@ class TokenData:
             ids = self.ids[i][at : at + len(out) - filled]
             out[filled : filled + len(ids)] = ids
             at, filled, i = 0, filled + len(ids), i + 1
+
+    def stretch(self, begin: int, end: int) -> NDArray[Any]:
+        """The tokens begin .. end - 1."""
+        out = np.empty(end - begin, self.dtype)
+        self.read(begin, out)
+        return out
 
     def refuse(self, largest: int, place: int) -> NoReturn:
         """Raises ValueError for an id that vocab_size does not cover, at a place of the stream."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from making.attend import attend_one
+from making.attend import attend_one, past_padding, within
 from making.pieces import log_sum, loss_in_pieces, slope
 from making.sampling import stream
 
@@ -297,11 +297,16 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, loss_only: bool = False
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        segments: Tensor | None = None,
+        loss_only: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits, and the loss when there are targets.
 
         idx (B, T) int64. targets (B, T) int64, IGNORE_INDEX where nothing is to be predicted.
+        segments (B, T): tokens with different numbers do not see each other; None = all do.
         With targets: logits (B, T, V), from which no gradient flows, and the mean cross-entropy in
         nats per token. loss_only: None and the loss; the gradient of the logits then takes no
         memory of its own. Without targets: logits (B, 1, V) of the last position only, and None.
@@ -311,7 +316,7 @@ class GPT(nn.Module):
         if T > context:
             raise ValueError(f"{T} tokens do not fit in a context of {context}")
         x = F.dropout(self.embed_tokens(idx), self.config.dropout, self.training)
-        x = self.walk(x, Positions(self.cos[:T, None], self.sin[:T, None]))
+        x = self.walk(x, Positions(self.cos[:T, None], self.sin[:T, None], mask=within(segments)))
         if targets is None:
             return self.lm_head(self.norm(x[:, -1:])), None
         x, wanted = self.norm(x), targets.reshape(-1)
@@ -319,8 +324,7 @@ class GPT(nn.Module):
             how = self.lm_head.weight, wanted, IGNORE_INDEX, self.loss_pieces
             return None, loss_in_pieces(x.to(compute_dtype(x)), *how)
         logits: Tensor = self.lm_head(x)
-        rows = logits.view(-1, logits.size(-1))
-        loss: Tensor = CrossEntropy.apply(rows, wanted, loss_only)  # type: ignore[no-untyped-call]
+        loss: Tensor = CrossEntropy.apply(logits.flatten(0, 1), wanted, loss_only)  # type: ignore[no-untyped-call]
         # Logits with a gradient would have a compiled backward read zeros of their size.
         return None if loss_only else logits.detach(), loss
 
@@ -359,11 +363,7 @@ class GPT(nn.Module):
         if len(slots) == 1:
             idx = idx.clone(memory_format=torch.contiguous_format)  # a graph is of these strides
             return self.decode(idx, slots, cache, idx.new_zeros(len(idx)))
-        mask = None
-        if pad is not None:
-            visible = (slots <= slots[:, None]) & (slots >= pad[:, None, None, None])
-            # padding looks at itself: a row that sees nothing would be NaN and spread
-            mask = visible | (slots == slots[:, None])  # (B, 1, T, T)
+        mask = None if pad is None else past_padding(slots, pad)
         return self.next_logits(idx, slots, cache, mask)
 
     def decode(self, idx: Tensor, position: Tensor, cache: KVCache, pad: Tensor) -> Tensor:

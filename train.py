@@ -134,7 +134,7 @@ world_size = 1  # cards to plan for, with a card's name as the device
 
 def micro_step(
     net: nn.Module,
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[Tensor, ...],
     divisor: float,
     machine: Machine,
     scaler: torch.amp.GradScaler,

@@ -1,8 +1,31 @@
-"""Attention of one token of a text that is being made."""
+"""What attention sees, and attention of one token of a text that is being made."""
 
 import math
 
+import torch
 from torch import Tensor
+
+
+def within(segments: Tensor | None) -> Tensor | None:
+    """Positions see those before them of their own segment: (B, T) int -> (B, 1, T, T) bool.
+
+    None = there is but one.
+    """
+    if segments is None:
+        return None
+    places = torch.arange(segments.size(1), device=segments.device)
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return same & (places <= places[:, None])
+
+
+def past_padding(slots: Tensor, pad: Tensor) -> Tensor:
+    """Positions `slots` (T,) see those before them that are no padding: (B, 1, T, T) bool.
+
+    The first pad (B,) of a row are.
+    """
+    visible = (slots <= slots[:, None]) & (slots >= pad[:, None, None, None])
+    # padding looks at itself: a row that sees nothing would be NaN and spread
+    return visible | (slots == slots[:, None])
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def uncompile(parts: list[nn.Module]) -> None:
         part._compiled_call_impl = None
 
 
-def forward_and_backward(net: nn.Module, batch: tuple[Tensor, Tensor], machine: Machine) -> None:
+def forward_and_backward(net: nn.Module, batch: tuple[Tensor, ...], machine: Machine) -> None:
     """A micro-step for nothing. When it fails, this frame and its graph go with the exception."""
     with machine.autocast:
         loss = net(*batch, loss_only=True)[1]

@@ -41,8 +41,8 @@ class Evaluation:
         why = asked if self.count == self.windows else f"all that there are, {asked}"
         return f"{self.count:,} windows in an evaluation: {why}"
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets (B, T) int64, `size` windows at a time."""
+    def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
+        """Inputs, targets and what split_windows adds, `size` windows at a time."""
         t = self.team
         return eval_batches(self.data, self.windows, size, self.device, t.rank, t.ranks)
 
@@ -73,17 +73,17 @@ def sample_text(model: GPT, tok: Tokenizer, prompt: str, machine: Machine) -> st
 
 
 @torch.no_grad()
-def loss_sums(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], autocast: Any) -> Tensor:
+def loss_sums(model: GPT, batches: Iterable[tuple[Tensor, ...]], autocast: Any) -> Tensor:
     """Sum of losses in nats, and number of tokens, over all batches: (2,) float64 on the CPU.
 
     With dropout off and one wait for the device.
     """
     model.eval()
     losses = []
-    for x, y in batches:
+    for batch in batches:
         with autocast:
-            _, loss = model(x, y, loss_only=True)
-        losses.append(torch.stack((loss.float(), (y != IGNORE_INDEX).sum().float())))
+            _, loss = model(*batch, loss_only=True)
+        losses.append(torch.stack((loss.float(), (batch[1] != IGNORE_INDEX).sum().float())))
     model.train()
     if not losses:
         return torch.zeros(2, dtype=torch.float64)

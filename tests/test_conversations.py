@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import zipfile
 
@@ -341,11 +342,12 @@ def test_windows_begin_with_a_conversation_and_what_counts_is_predicted_once(fol
     rows = data.windows(np.arange(data.count))
     assert rows.shape == (data.count, context + 1)
     assert (rows[:, 0] & ID == 257).all(), "the first of a turn"
+    assert ((rows & BEGINS > 0).sum(1) == np.diff(data.edges)).all() and (rows[:, 0] & BEGINS).all()
     counted = rows[:, 1:] & COUNTS > 0
     assert (counted.sum(1) == data.counts).all() and data.counts.min() > 0
     if context == 1000:  # nothing is cut
         assert counted.sum() == (words & COUNTS > 0).sum()
-        kept = sorted((words & ~np.uint32(BEGINS | ASKS)).tolist())
+        kept = sorted((words & ~np.uint32(ASKS)).tolist())
         filled = [i for row in rows.tolist() for i in row if i != 256]
         assert sorted(filled) == [i for i in kept if i != 256]
     found = [
@@ -379,13 +381,43 @@ def test_a_long_stream_is_looked_at_in_blocks(folder, monkeypatch):
 def test_targets_are_what_counts(folder):
     data = open_split(folder, "train", 100, 320)
     loader = TrainLoader(data, order_of(data, 400, 7), 0, 1, CPU)
-    x, y = loader.batch(0, 0, 4)
+    x, y, segments = loader.batch(0, 0, 4)
     rows = data.windows(loader.starts(0, 0, 4))
     assert (x.numpy() == rows[:, :-1] & ID).all()
     expected = np.where(rows[:, 1:] & COUNTS, (rows[:, 1:] & ID).astype(np.int64), IGNORE_INDEX)
     assert (y.numpy() == expected).all()
-    seen = [y for _, y in eval_batches(data, 1000, 3, CPU)]
+    assert (segments.numpy() == (rows[:, :-1] & BEGINS > 0).cumsum(1)).all()
+    seen = [y for _, y, _ in eval_batches(data, 1000, 3, CPU)]
     assert sum(int((y != IGNORE_INDEX).sum()) for y in seen) == data.counts.sum()
+
+
+def test_conversations_of_a_window_do_not_see_each_other(folder):
+    """The loss of a packed window is that of its conversations alone."""
+    data = open_split(folder, "train", 400, 320)
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(SIZE, max_position_embeddings=400))
+    rows = data.windows(np.arange(3)).astype(np.int64)
+    x, y, segments = (torch.from_numpy(a) for a in split(rows))
+    together = model(x, y, segments, loss_only=True)[1]
+    nats = count = 0
+    for row in rows:
+        edges = [*np.flatnonzero(row & BEGINS).tolist(), len(row)]
+        assert len(edges) > 2
+        for a, b in itertools.pairwise(edges):
+            x, y, _ = (torch.from_numpy(t) for t in split(row[None, a:b]))
+            counted = int((y != IGNORE_INDEX).sum())
+            nats += float(model(x, y, loss_only=True)[1].detach()) * counted
+            count += counted
+    assert float(together.detach()) == pytest.approx(nats / count, rel=1e-5)
+    plain, _ = model(x, x)
+    one, _ = model(x, x, torch.ones_like(x))
+    assert torch.allclose(plain, one, atol=1e-5)
+
+
+def split(rows):
+    """Inputs, targets and segments of windows, as numpy says it."""
+    ids, targets = rows & ID, np.where(rows & COUNTS, rows & ID, IGNORE_INDEX)
+    return ids[:, :-1], targets[:, 1:], (rows & BEGINS > 0).cumsum(1)[:, :-1]
 
 
 def test_an_epoch_sees_each_window_once(folder):

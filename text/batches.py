@@ -21,7 +21,7 @@ from torch import Tensor
 from text.packing import Conversations
 from text.shuffle import key_of as key_of  # for train.py, too
 from text.shuffle import permute
-from text.tokens import ID, Ints, TokenData, read_meta
+from text.tokens import BEGINS, ID, Ints, TokenData, read_meta
 
 BLOCK = 4096  # windows whose places in the stream are worked out together
 IGNORED = -1  # a target that does not count: the model's IGNORE_INDEX
@@ -77,16 +77,19 @@ def order_of(data: TokenData, tokens_per_step: int, seed: int) -> TrainOrder:
     return TrainOrder(data.tokens, data.context, tokens_per_step, seed, packed)
 
 
-def split_windows(tokens: Tensor, packed: bool = False) -> tuple[Tensor, Tensor]:
+def split_windows(tokens: Tensor, packed: bool = False) -> tuple[Tensor, ...]:
     """(B, T + 1) int16 or int32 -> inputs and targets, (B, T) int64, two views of one tensor.
 
     The integers travel narrow, a quarter of the bytes over the bus, and signed, since torch has
-    few operations on unsigned types; the mask makes them the unsigned ids that they are. packed:
-    of conversations, where the sign is COUNTS; a target without it is IGNORED.
+    few operations on unsigned types; the mask makes them the unsigned ids that they are.
+
+    packed: of conversations, where the sign is COUNTS, and a target without it is IGNORED. The
+    third is the number of a token's conversation in its window then, (B, T) int64.
     """
     if packed:
         ids = tokens.long() & ID
-        return ids[:, :-1], torch.where(tokens < 0, ids, IGNORED)[:, 1:]
+        segments = (tokens & BEGINS > 0).cumsum(1)
+        return ids[:, :-1], torch.where(tokens < 0, ids, IGNORED)[:, 1:], segments[:, :-1]
     bits = 8 * tokens.element_size()
     if tokens.is_cpu:  # which can read them as unsigned, in two thirds of the time
         wide = tokens.view({16: torch.uint16, 32: torch.uint32}[bits]).long()
@@ -131,8 +134,8 @@ class TrainLoader:
         first = (micro_step * self.ranks + self.rank) * batch_size
         return host_tensor(self.data.windows(self.starts(step, first, batch_size)), self.device)
 
-    def batch(self, step: int, micro_step: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (B, T) int64 on the device; a pure function of the arguments."""
+    def batch(self, step: int, micro_step: int, batch_size: int) -> tuple[Tensor, ...]:
+        """As split_windows, on the device; a pure function of the arguments."""
         wanted = (step, micro_step, batch_size)
         if self.pending is not None and self.pending[0] == wanted:
             tokens = self.pending[1].result()
@@ -168,8 +171,8 @@ def eval_batches(
     device: torch.device,
     rank: int = 0,
     ranks: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same disjoint windows of a split at every call, as inputs and targets (B, T) int64.
+) -> Iterator[tuple[Tensor, ...]]:
+    """The same disjoint windows of a split at every call, as split_windows has them.
 
     At most `windows` of them, spread evenly over the split; ranks take turns, and have as many
     batches as each other. A last batch that is not full is filled up with windows whose targets
@@ -181,6 +184,6 @@ def eval_batches(
         rows = data.windows(np.resize(starts[i : i + batch_size], batch_size))
         tokens = host_tensor(rows, device).to(device, non_blocking=True)
         # y in memory of its own, but with the strides that training's has, for the compiler
-        (x, _), (_, y) = (split_windows(tokens, data.packed) for _ in range(2))
+        (x, _, *segments), (_, y, *_) = (split_windows(tokens, data.packed) for _ in range(2))
         y[len(starts) - i :] = IGNORED
-        yield x, y
+        yield (x, y, *segments)

@@ -104,10 +104,10 @@ class Conversations(TokenData):
         return np.arange(n) * self.count // n
 
     def windows(self, starts: Ints, length: int | None = None) -> NDArray[np.uint32]:
-        """The windows of these numbers: (n,) -> (n, context + 1), ids and COUNTS alone.
+        """The windows of these numbers: (n,) -> (n, context + 1), ids with COUNTS and BEGINS.
 
-        The first token of a piece never counts: nothing before it is of its conversation. Raises
-        ValueError as TokenData's.
+        Each piece begins with a token that BEGINS, which never counts: nothing before it is of its
+        conversation. Raises ValueError as TokenData's.
         """
         found = np.full((len(starts), self.context + 1), self.pad, np.uint32)
         for number, row in zip(starts.tolist(), found, strict=True):
@@ -119,9 +119,9 @@ class Conversations(TokenData):
                 ids = piece & np.uint32(ID)
                 if (largest := int(ids.max())) >= self.vocab_size:
                     self.refuse(largest, first + int(ids.argmax()))
-                piece[0] = ids[0]
+                piece[0] = ids[0] | np.uint32(BEGINS)
                 at += size
-        found &= np.uint32(COUNTS | ID)
+        found &= np.uint32(COUNTS | BEGINS | ID)
         return found
 
 

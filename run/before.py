@@ -22,8 +22,8 @@ def trained(out_dir: str, *commands: str) -> str:
     out = Path(out_dir)
     best = out / "best.pt"
     flags = {arg[2:].partition("=")[0].replace("-", "_") for arg in sys.argv if arg[:2] == "--"}
-    is_run = Path(sys.argv[0]).name == "train.py" and not flags & {"dry_run", "init_from"}
-    if not is_run or is_finished(out):
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name
+    if script != "train.py" or flags & {"dry_run", "init_from"} or is_finished(out):
         return str(best)
     if "RANK" in os.environ:
         raise ValueError(f"there is no finished run in {out_dir}: start once without torchrun")

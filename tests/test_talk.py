@@ -9,12 +9,14 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import tokenizers
 import torch
 from conftest import ROOT
 
+from configurator import ConfigError, overrides
 from formats import checkpoint, pretrained
 from making.sampling import stream
 from model import GPT, GPTConfig
@@ -663,7 +665,19 @@ def test_a_runs_own_conversations_are_measured(script, tmp_path):
 # --- before a run
 
 
-def test_what_a_run_starts_from_is_made_once(tmp_path, monkeypatch):
+@pytest.fixture
+def started(monkeypatch):
+    """As if a script had been started with these words."""
+
+    def start(*argv):
+        main = types.SimpleNamespace(__file__=str(ROOT / argv[0]))
+        monkeypatch.setitem(sys.modules, "__main__", main)
+        monkeypatch.setattr(sys, "argv", [*argv])
+
+    return start
+
+
+def test_what_a_run_starts_from_is_made_once(tmp_path, monkeypatch, started):
     calls = []
 
     def run(command):
@@ -677,25 +691,33 @@ def test_what_a_run_starts_from_is_made_once(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(before.subprocess, "run", run)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    wanted = (str(tmp_path / "base"), "data/prepare.py --source=a", "train.py c.py --x=1")
+    folder = tmp_path / "base"
+    config = tmp_path / "config.py"
+    words = repr((str(folder), "data/prepare.py --source=a", "train.py c.py --x=1"))
+    config.write_text(f"from run.before import trained\ninit_from = trained(*{words})\n")
     for _ in range(2):
-        assert before.trained(*wanted) == str(tmp_path / "base" / "best.pt")
+        started("train.py", str(config), "--seed=3")
+        values = overrides(sys.argv[1:], {"init_from": "scratch", "seed": 1})
+        assert values == {"init_from": str(folder / "best.pt"), "seed": 3}
     assert calls == [
         [str(ROOT / "data" / "prepare.py"), "--source=a"],
         [str(ROOT / "train.py"), "c.py", "--x=1"],
     ]
-    (tmp_path / "base" / "config.json").write_text('{"max_iters": 9}')
+    (folder / "config.json").write_text('{"max_iters": 9}')
     elsewhere = ["train.py", "--init_from", "resume"]
     for argv in (["pytest"], ["train.py", "--dry_run"], ["train.py", "--dry-run=True"], elsewhere):
-        monkeypatch.setattr(sys, "argv", argv)
-        before.trained(*wanted)
+        started(*argv)
+        before.trained(str(folder), "train.py")
     assert len(calls) == 2, "a plan starts nothing"
-    monkeypatch.setattr(sys, "argv", ["train.py"])
+    started("train.py", str(config), "--sed=3")
+    with pytest.raises(ConfigError, match="--sed: no such setting"):
+        overrides(sys.argv[1:], {"init_from": "scratch", "seed": 1})
+    assert len(calls) == 2, "a slip of the finger is found first"
+    started("train.py")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="start once without torchrun"):
-        before.trained(*wanted)
+        before.trained(str(folder), "train.py")
     monkeypatch.delenv("RANK")
     monkeypatch.setattr(before.subprocess, "run", lambda c: subprocess.CompletedProcess(c, 130))
     with pytest.raises(ValueError, match=re.escape("data/prepare.py ended with 130")):
-        before.trained(*wanted)
+        before.trained(str(folder), "data/prepare.py --source=a")

@@ -60,14 +60,18 @@ from run.machine import find_machine
 from run.microbatch import windows_of_rank
 from run.team import join
 from text import batches
+from text.chat import CHATML, Template, with_chat
 from text.files import line_of, printable
-from text.tokenizer import get_tokenizer
-from text.tokens import TokenData, read_meta
+from text.packing import marked
+from text.tokenizer import chat_entry, get_tokenizer, of_dataset
+from text.tokens import ID, read_meta
+from text.turns import Turn
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 SECONDS = 10  # that reading an input may take
 READING = parts.Reading()
+TALKS = parts.Reading(chat=True)
 MEMORY, PER_BYTE = 200 * MIB, 4  # that it may take, and more for each byte of the input
 LINE = 2000  # characters of a message
 SLICE = 30  # seconds that a target has before the next one, in a long run
@@ -333,6 +337,70 @@ def lines():
     return [{f"a{suffix}": data} for suffix, data in made.items()]
 
 
+def talks():
+    """Conversations in all their forms, as rows of JSON, of a table and of Arrow."""
+    import pyarrow
+    import pyarrow.parquet
+
+    asked, said = {"role": "user", "content": "Hi <|im_end|>"}, {"role": "gpt", "content": ""}
+    parts_of = {"role": "assistant", "content": [{"type": "text", "text": "Hello."}]}
+    rows = [
+        {"messages": [{"role": "system", "content": "Be."}, asked, parts_of, asked, said]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]], "system": "f"},
+        {"messages": json.dumps([asked, said])},
+    ]
+    packed = io.BytesIO()
+    table = pyarrow.Table.from_pylist([{"messages": [asked, said]}] * 3)
+    pyarrow.parquet.write_table(table, packed)
+    lines = b"".join(as_json(row) + b"\n" for row in rows)
+    csv = b'question,answer,history\na,b,\n"c\nd",e,"[[""f"", ""g""]]"\n'
+    files = {
+        "a.jsonl": lines,
+        "a.json": as_json(rows),
+        "a.csv": csv,
+        "a.parquet": packed.getvalue(),
+    }
+    return [{name: data} for name, data in files.items()]
+
+
+CHAT = with_chat(get_tokenizer("bytes"))
+TEMPLATES = (
+    CHATML,
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('no system') }}{% endif %}{{ '[' + m.role + ']' + m.content | trim }}"
+    "{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}",
+)
+
+
+def talk_folders():
+    """Of data/prepare.py --chat=True."""
+    turns = [
+        Turn("user", "Hi"),
+        Turn("assistant", "Hello."),
+        Turn("user", "a"),
+        Turn("assistant", "b"),
+    ]
+    words = np.concatenate([marked(*Template(CHAT).encode(turns)), np.array([CHAT.eot])] * 3)
+    flat = words.astype("<u4").tobytes()
+    facts = {"tokens": len(words), "bytes": 9, "documents": 3, "max_id": 258, "counted": 30}
+    meta = META | {"vocab_size": 259, "dtype": "uint32", "eot": 256}
+    meta |= {"chat": chat_entry(CHAT.chat), "splits": {"train": facts, "val": facts}}
+    return [{"meta.json": as_json(meta), "train.bin": flat, "val.bin": flat}]
+
+
+def templates():
+    """A tokenizer with a chat template beside it, as models of Hugging Face's have it."""
+    tokenizer = tokenizer_jsons()[0]
+    return [
+        {
+            "tokenizer.json": tokenizer,
+            "tokenizer_config.json": as_json({"eos_token": "<|endoftext|>", "chat_template": text}),
+        }
+        for text in TEMPLATES
+    ]
+
+
 def rows_of_tables():
     """csv, tsv, json as a list and as one object after another, and zips of them and others."""
     import zipfile
@@ -499,17 +567,17 @@ def read_tokenizer(folder):
 def read_tokens(folder):
     """What train.py and evaluate.py ask of a dataset folder."""
     meta = read_meta(folder)
-    get_tokenizer(meta["tokenizer"], folder)
+    of_dataset(meta, folder)
     size = start.model_as_set({**vars(SIZE), "vocab_size": 0}, meta)
     for split in ("train", "val"):
-        data = TokenData(folder, split, 8, size.vocab_size)
-        order = batches.TrainOrder(data.tokens, 8, 16, 1)
+        data = batches.open_split(folder, split, 8, size.vocab_size)
+        order = batches.order_of(data, 16, 1)
         ids = data.windows(order.starts(0, 0, 2))
-        assert ids.max() < size.vocab_size
+        assert (ids & ID if data.packed else ids).max() < size.vocab_size
         data.check_size()
         per_byte = data.bits_per_byte(1.0)
         assert per_byte is None or 0 < per_byte < math.inf
-        for x, _ in batches.eval_batches(data, 4, 2, torch.device("cpu")):
+        for x, *_ in batches.eval_batches(data, 4, 2, torch.device("cpu")):
             assert int(x.max()) < size.vocab_size
     json.dumps(meta["splits"])
 
@@ -539,6 +607,40 @@ def read_source(folder):
                         assert len(tok.encode_documents([text])[0]) == workers.utf8_bytes(text) + 1
                 except parts.BadData as e:
                     complain(e, (str(folder),))
+
+
+def read_talks(folder):
+    """Every conversation of a source, as a worker of data/prepare.py reads and writes it."""
+    template = Template(CHAT)
+    for path in sorted(folder.iterdir()):
+        found = sources.find(str(path), TALKS)
+        for part in found.parts:
+            for document in readers.documents(part, TALKS, folder):
+                try:
+                    if isinstance(document, parts.BadData):
+                        raise document
+                    if isinstance(document, parts.Note):
+                        continue
+                    ids, counts, begins = template.encode(document.turns)
+                    assert len(ids) == len(counts) == len(begins)
+                    names = sum(int((ids == i).sum()) for i in template.special.values())
+                    assert names == 2 * len(document.turns) and str(folder) in document.where()
+                except parts.BadData as e:
+                    complain(e, (str(folder),))
+
+
+def read_template(folder):
+    """A stranger's tokenizer and chat template, as a conversation is written with them."""
+    try:
+        tok = with_chat(get_tokenizer("tokenizer.json", folder))
+        for text in ("Hi", "", " <|im_end|>\n", "<|endoftext|>"):
+            turns = [Turn("user", text), Turn("assistant", text)]
+            ids, counts, _ = Template(tok).encode(turns)
+            assert ids.max() < tok.vocab_size and ids[counts][-1] == tok.chat.end
+            Template(tok).prompt(turns[:1])
+        json.loads(hf.tokenizer_json(tok))
+    except ValueError as e:  # whoever asks for it names the model
+        raise ValueError(f"{folder}: {e}") from e
 
 
 def read_metrics(folder):
@@ -682,6 +784,10 @@ TARGETS = {
         lambda: [{"tokenizer.json": text} for text in tokenizer_jsons()], (".json",), read_tokenizer
     ),
     "tokens": Target(token_folders, ("",), read_tokens),
+    "talks": Target(talks, ("",), read_talks),
+    "talk tokens": Target(talk_folders, ("",), read_tokens),
+    "talk verify": Target(talk_folders, ("",), check_tokens),
+    "template": Target(templates, ("_config.json",), read_template),
     "verify": Target(lambda: token_folders()[:3], ("",), check_tokens),
     "parquet": Target(parquets, ("",), read_source),
     "arrow": Target(arrows, ("",), read_source),

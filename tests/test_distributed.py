@@ -103,6 +103,25 @@ def test_two_ranks_make_the_same_run(on_two, whole):
     assert sorted(p.name for p in on_two.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
+def test_two_ranks_weigh_answers_alike(script, tmp_path):
+    """Conversations of very different length: ranks and micro-batches have unequal counts."""
+    rows = [
+        {"question": f"{i}?" * (1 + i % 5), "answer": "word " * (1 + i * i % 23)} for i in range(90)
+    ]
+    source, data = tmp_path / "a.jsonl", tmp_path / "data"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    what = [f"--source={source}", f"--dataset={data}", "--tokenizer=bytes", "--chat=True"]
+    assert script("data/prepare.py", *what).code == 0
+    flags = [f"--dataset={data}", *SIZES, "--max_position_embeddings=160", "--max_iters=6"]
+    flags += ["--tokens_per_step=1920", "--eval_interval=3", "--milestone_interval=0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert script("train.py", *flags, f"--out_dir={one}", "--batch_size=3").code == 0
+    must(torchrun(2, *flags, out=two))
+    got, want = losses(two), losses(one)
+    assert got.keys() == want.keys() and len(want) == 9
+    assert [got[k] for k in want] == pytest.approx(list(want.values()), rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "parallel"), [(4, "ddp"), (2, "fsdp"), (4, "fsdp")])
 def test_more_ranks_and_shards_make_the_same_run(flags, whole, tmp_path, ranks, parallel):

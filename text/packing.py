@@ -44,6 +44,8 @@ class Conversations(TokenData):
         if self.pad >= self.vocab_size:
             raise ValueError(self.too_large(self.pad, f"{path.parent / 'meta.json'}, as eot,"))
         begins = self.places(BEGINS)
+        if not len(begins):
+            raise ValueError(f"{path} holds no conversation; run data/prepare.py --chat=True again")
         found = pieces(begins, self.places(ASKS), self.tokens, self.context + 1)
         starts, lengths, cut, long = found
         # the first of a piece is not predicted

@@ -151,6 +151,28 @@ def test_a_padded_prompt_and_its_tokens_need_no_score_matrix(where, dtype, heads
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("heads", "few"), HEADS)
+def test_conversations_that_share_a_window_need_no_score_matrix(where, dtype, heads, few):
+    """Forward and backward in training, and the gradient of conversations apart."""
+    model = ready(where, torch.float32, heads, few).train()
+    choose_attention(model, dtype)
+    x = torch.randint(320, (2, 97), device=where)
+    segments = (torch.arange(96, device=where) // 32).expand(2, 96)
+
+    def gradient(kernels, rows, numbers):
+        model.zero_grad()
+        with sdpa_kernel(kernels), machine.autocast(where, dtype):
+            model(rows[:, :-1], rows[:, 1:], numbers, loss_only=True)[1].backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    found = gradient(FAST, x, segments)
+    apart = torch.cat([x[:, i : i + 33] for i in (0, 32, 64)])
+    wanted = gradient(SDPBackend.MATH, apart, None)
+    error = (found - wanted).norm() / wanted.norm()
+    assert error < (1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("heads", "few"), HEADS)
 def test_questions_with_several_answers_need_no_score_matrix(where, dtype, heads, few):
     """The same for the mask of HellaSwag's endings, which do not see each other."""
     model = ready(where, torch.float32, heads, few)

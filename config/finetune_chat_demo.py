@@ -20,22 +20,22 @@ init_from = trained(
 dataset = "stdlib_chat"
 dtype = "float32"
 
-# 8 windows x 512 tokens, each of five or six conversations
+# 8 windows x 512 tokens, each of three or four conversations
 tokens_per_step = 4096
 batch_size = 8
 max_position_embeddings = 512
 
-# Half the demo's rates: high for fine-tuning, since the answers are to be known by heart
+# The demo's rates: high for fine-tuning, since the answers are to be known by heart
 optimizer = "muon"
-max_iters = 350
+max_iters = 450
 warmup_iters = 20
 lr_schedule = "wsd"
 decay_share = 0.5
-learning_rate = 6e-3
-muon_lr = 2e-3
+learning_rate = 1.2e-2
+muon_lr = 4e-3
 min_lr = 0.0
 
-eval_interval = 100
+eval_interval = 150
 eval_windows = 31
 sample_prompt = "What does os.path.join do?"
 log_interval = 50

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import itertools
+import random
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -32,7 +33,9 @@ HOW = (
     "Which arguments does it take?",
     "What do I pass to it?",
 )
-ROUNDS = 4  # conversations about a function
+ROUNDS = 4  # conversations in which a function is
+AT_ONCE = 3  # functions in a conversation, at most
+HOW_SHARE = 0.5  # of them that are asked for their arguments, too
 
 
 def python_files() -> list[Path]:
@@ -130,14 +133,17 @@ def takes(args: ast.arguments) -> str:
 def stdlib_conversations() -> Iterator[list[Turn]]:
     """Questions about the functions of the standard library, and what their docstrings answer.
 
-    Some conversations about each, in other words each time. Raises as python_files.
+    One to three functions a conversation; each comes in ROUNDS of them, asked for in other words
+    each time. The same ones for the same Python. Raises as python_files.
     """
-    for i, function in enumerate(functions()):
-        for n in range(ROUNDS):
-            asked = WHAT[(i + n * len(WHAT) // ROUNDS) % len(WHAT)].format(function.name)
-            yield [
-                Turn(USER, asked),
-                Turn(ASSISTANT, function.does),
-                Turn(USER, HOW[(i + n) % len(HOW)]),
-                Turn(ASSISTANT, function.takes),
-            ]
+    known, chance = [*functions()], random.Random(0)
+    for n in range(ROUNDS):
+        left = chance.sample(range(len(known)), len(known))
+        while left:
+            turns: list[Turn] = []
+            for i in [left.pop() for _ in range(min(len(left), chance.randint(1, AT_ONCE)))]:
+                asked = WHAT[(i + n * len(WHAT) // ROUNDS) % len(WHAT)].format(known[i].name)
+                turns += [Turn(USER, asked), Turn(ASSISTANT, known[i].does)]
+                if chance.random() < HOW_SHARE:
+                    turns += [Turn(USER, chance.choice(HOW)), Turn(ASSISTANT, known[i].takes)]
+            yield turns

@@ -3,8 +3,8 @@
 #   python train.py config/finetune_chat_demo.py
 #   python sample.py --out_dir=out/chat_demo --chat=True --temperature=0
 # Where there is none yet, a model is pretrained first, by the demo's recipe with a longer context.
-# Minutes on two CPU cores; loss 0.01 nats per token that counts, on questions that it has not seen
-# in these words, where it begins at 4.0.
+# Six minutes on two CPU cores (two on an Intel Xeon: 5:45); loss 0.14 nats per token that counts on
+# questions that it has not seen in these words, where it begins at 4.33.
 
 from run.before import trained
 

@@ -150,6 +150,8 @@ def prompts(tok: Tokenizer, model: GPT, talk: Talk | None) -> Iterator[tuple[str
         for first in range(0, num_samples, BATCH):
             yield text, prompt_ids(tok, text, model), min(BATCH, num_samples - first)
         return
+    if sys.stdin is None:
+        raise ValueError("there is no keyboard and no pipe to read prompts from; write --start=...")
     print("a prompt and Enter; an empty line ends", file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
@@ -305,7 +307,7 @@ def answer(model: GPT, tok: Tokenizer, machine: Machine, talk: Talk | None = Non
             made += writer.count * rows // texts
             took_s += time.perf_counter() - t0
         except KeyboardInterrupt:  # which ends an answer alone
-            if not interactive and not (talk and sys.stdin.isatty()):
+            if not interactive and not (talk and sys.stdin and sys.stdin.isatty()):
                 raise
         finally:
             if talk:

@@ -60,6 +60,7 @@ def assemble(
     if documents == 1 and tok.chat and val_from is None:
         raise ValueError(
             "the source is one conversation, and two are needed: one to learn from, one for val.bin"
+            + (f"; --max_tokens={limit} takes no more" if limit else "")
         )
     cut = cut_at(lengths, fraction, seed) if val_from is None and not tok.chat else 0
     if documents == 1 and not cut and val_from is None:

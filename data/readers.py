@@ -33,7 +33,7 @@ from data.parts import (
 from data.stdlib import stdlib_conversations, stdlib_documents
 from text import encoding
 from text.files import utf8_decoder
-from text.turns import CHAT_COLUMNS, columns_of, conversation, conversation_columns
+from text.turns import CHAT_COLUMNS, COLUMNS, columns_of, conversation, conversation_columns
 
 MAX_LINE = 64 * MIB  # bytes of one .jsonl line, or of one text of a .parquet or .arrow
 MAX_MEMBER = 16 * MIB  # bytes of one text of OpenWebText's archives
@@ -263,9 +263,10 @@ def value_in(row: Any, column: str, where: str) -> Any:
             return None
         if not isinstance(value, dict) or name not in value:
             there = ", ".join(map(str, row)) if isinstance(row, dict) else named(row)
+            talks = isinstance(row, dict) and bool({*row} & {*COLUMNS})
             raise BadData(
                 f"{where}: no text in column {column!r} (there: {there[:200]}); set --text_column "
-                "or --template"
+                f"or --template{', or --chat=True for conversations' * talks}"
             )
         value = value[name]
     return value

@@ -27,7 +27,7 @@ from formats.hub import PREFIX
 from formats.others import GPT2, TAKEN, instead
 from model import GPT, GPTConfig
 from text import stated
-from text.chat import FLAGS, with_tokens
+from text.chat import CHATML, END, FLAGS, START, own_template, with_chat, with_tokens
 from text.files import SHORT, read_json, replacing
 from text.tokenizer import Tokenizer, byte_characters, get_tokenizer, gpt2_ranks
 
@@ -346,8 +346,28 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     spec = read_json(path)  # not too large, and an object
-    tok = get_tokenizer(path.name, folder, own=True)
+    tok = without_chat(get_tokenizer(path.name, folder, own=True))
     return tok if adds_tokens(spec) else known(tok)
+
+
+def without_chat(tok: Tokenizer) -> Tokenizer:
+    """A tokenizer whose last two tokens are those that teaching it ChatML here has added.
+
+    They become its `chat` again, so that it is the one that it was before; others stay.
+    """
+    if own_template(tok) != CHATML or tok.json_text is None:
+        return tok
+    spec = json.loads(tok.json_text)
+    added, last = {START: tok.vocab_size - 2, END: tok.vocab_size - 1}, (START, END)
+    theirs = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
+    words = spec["model"].get("vocab")
+    if {k: theirs.get(k) for k in last} != added or any(k in words for k in last):
+        return tok
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in last]
+    size, text = tok.vocab_size - 2, json.dumps(spec, ensure_ascii=False)
+    return with_chat(
+        replace(tok, json_text=text, vocab_size=size, ends=tok.ends - {size, size + 1})
+    )
 
 
 def known(tok: Tokenizer) -> Tokenizer:

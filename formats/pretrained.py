@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from formats import checkpoint, hf, hub, listing, others, rebuild
 from model import GPT
+from text.chat import own_template
 from text.files import SHORT, path_of
 from text.tokenizer import Tokenizer, from_saved
 
@@ -152,6 +153,8 @@ def mismatch(data: Tokenizer, model: Tokenizer) -> str:
     if data.eot not in model.ends and not model.guessed:
         ends = " or ".join(map(model.shown, sorted(model.ends)))
         return f"ends a text with {ends}, but the dataset's documents end with {a.shown(data.eot)}"
-    if data.chat and model.chat and data.chat != model.chat:
+    template = model.chat.template if model.chat else own_template(model)
+    another = model.chat is not None and data.chat != model.chat
+    if data.chat and template and (another or data.chat.template != template):
         return "writes conversations with another chat template than the dataset"
     return ""

@@ -205,6 +205,11 @@ def find_start(
         context = min(config.max_position_embeddings, as_set.max_position_embeddings)
         config = replace(config, max_position_embeddings=context)
         if tok and tok.chat and tok.words <= config.vocab_size < tok.vocab_size:
+            if as_set.vocab_size < tok.vocab_size:
+                raise ValueError(
+                    f"vocab_size={as_set.vocab_size} is less than the dataset's {tok.vocab_size} "
+                    "ids; leave --vocab_size out"
+                )
             if path.suffix == listing.PARTS:
                 raise ValueError(
                     f"{path} has no rows for the tokens of conversations, and is not enlarged; "

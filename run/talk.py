@@ -27,9 +27,15 @@ class Talk:
         self.tok, self.template = tok, Template(tok)
         self.context, self.room = context, min(most, context // LEAST)
         self.begin = [Turn(SYSTEM, system)] if system else []
-        self.turns: list[Turn] = []
-        if system and self.size([Turn(USER, "")]) > context - self.room:
-            raise ValueError(f"system has too many tokens for a context of {context}")
+        self.turns: list[Turn] = []  # those that are asked with
+        self.said: list[Turn] = []  # all of them
+        if system:
+            try:
+                full = self.size([Turn(USER, "")]) > context - self.room
+            except ValueError as e:
+                raise ValueError(f"{e}; leave --system out") from e
+            if full:
+                raise ValueError(f"system has too many tokens for a context of {context}")
 
     def size(self, turns: Sequence[Turn]) -> int:
         """Tokens of the prompt that asks with these turns behind the system's."""
@@ -51,16 +57,18 @@ class Talk:
         if dropped:
             say(f"the context is full: the {dropped} oldest turns are forgotten")
         self.turns = turns
+        self.said.append(turns[-1])
         return self.template.prompt([*self.begin, *turns])
 
     def heard(self, text: str) -> None:
         """The answer, or as much of it as there was time for."""
         self.turns.append(Turn(ASSISTANT, text))
+        self.said.append(self.turns[-1])
 
     def questions(self) -> Iterator[list[int]]:
         """The ids to answer: of what is typed, commands aside, or of all that a pipe brings."""
-        if not sys.stdin.isatty():
-            if not (text := sys.stdin.read().strip()):
+        if sys.stdin is None or not sys.stdin.isatty():
+            if not (text := sys.stdin.read().strip() if sys.stdin else ""):
                 raise ValueError("the pipe brings no question; write echo QUESTION | python ...")
             yield self.ask(text)
             return
@@ -85,10 +93,13 @@ class Talk:
         """/reset or /save."""
         if command == "reset" and not rest:
             self.turns.clear()
+            self.said.clear()
             say("nothing was said")
+        elif command == "save" and not self.said:
+            say("nothing was said, and nothing is saved")
         elif command == "save":
             path = path_of(rest or FILE)
-            messages = [turn._asdict() for turn in [*self.begin, *self.turns]]
+            messages = [turn._asdict() for turn in [*self.begin, *self.said]]
             try:
                 with path.open("a", encoding="utf-8") as f:
                     f.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")

@@ -407,8 +407,8 @@ FORMS_OF_ROWS = {
         {"conversations": SHAREGPT, "system": "Be brief."},
         [Turn("system", "Be brief."), *QUESTION],
     ),
-    "a system beside one": (
-        {"messages": [{"role": "system", "content": "a"}, *MESSAGES], "system": "b"},
+    "a system beside the same": (
+        {"messages": [{"role": "system", "content": "a"}, *MESSAGES], "system": "a"},
         [Turn("system", "a"), *QUESTION],
     ),
     "an empty text for history": (
@@ -525,6 +525,15 @@ REFUSED = {
     "half a turn": (
         {"messages": [{"role": "user", "value": "Hi"}]},
         "messages[0] has no role and content: {'role': 'user', 'value': 'Hi'}",
+    ),
+    "a system beside another": (
+        {"messages": [{"role": "system", "content": "a"}, *MESSAGES], "system": "b"},
+        "messages begins with another system's turn than the column system",
+    ),
+    "nothing but nulls": ({"messages": None}, f"{NO_COLUMN}messages (nothing in messages)"),
+    "a call of a tool": (
+        {"messages": [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [{}]}]},
+        "messages[1] has tool_calls, not read",
     ),
     "a weight": (
         {"messages": [MESSAGES[0], {**MESSAGES[1], "weight": 0}]},

@@ -309,6 +309,25 @@ OWN_BYTES = (
 )
 
 
+def test_a_bos_that_no_file_names_is_none(own):
+    """As transformers has it, whatever config.json says."""
+    folder = own(LLAMA3)
+    config = {"eos_token": "</s>", "chat_template": LLAMA3}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0}))
+    tok = with_chat(get_tokenizer("tokenizer.json", folder, own=True))
+    assert tok.chat.bos == "" and Template(tok).prompt(HELLO)[0] != 0
+
+
+def test_a_model_with_its_own_template_is_not_taught_another(own):
+    folder = own(LLAMA3)
+    model = get_tokenizer("tokenizer.json", folder, own=True)
+    text = (folder / "tokenizer.json").read_text()
+    data = get_tokenizer("tokenizer.json", json_text=text, eot="</s>")
+    assert "another chat template" in pretrained.mismatch(with_chat(data), model)
+    assert not pretrained.mismatch(with_chat(get_tokenizer("tokenizer.json", folder)), model)
+
+
 def test_a_template_that_refuses_names_why(own):
     template = Template(with_chat(get_tokenizer("tokenizer.json", own(MISTRAL))))
     with pytest.raises(ValueError, match="roles must alternate"):
@@ -326,6 +345,7 @@ def test_a_template_that_refuses_names_why(own):
             "changes what|leaves out",
         ),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "no special token at the end"),
+        ("{% for m in messages %}{{ m.content | upper + eos_token }}{% endfor %}", "changes what"),
         ("{{ ''.__class__.__mro__ }}", "takes no such conversation"),
         ("{{ lipsum.__globals__['os'].system('true') }}", "takes no such conversation"),
         ("{% for i in range(10**9) %}{% endfor %}", "takes no such conversation"),
@@ -389,12 +409,22 @@ def test_a_pipe_without_a_question(script, out, typed):
     assert result.code == 1 and "brings no question" in result.err
 
 
+def test_no_keyboard_at_all(script, out, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    result = script("sample.py", f"--out_dir={out}", "--chat=True")
+    assert result.code == 1 and "brings no question" in result.err
+    result = script("sample.py", f"--out_dir={out}", "--interactive=True")
+    assert result.code == 1 and "no keyboard" in result.err
+
+
 def test_a_conversation_has_a_history(script, out, typed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    typed("one\n\n/save\n/reset\ntwo\n/save b.jsonl\n/nothing\n/quit\nthree\n")
+    typed("/save x\none\n\n/save\n/reset\ntwo\n/save b.jsonl\n/nothing\n/quit\nthree\n")
     flags = [f"--out_dir={out}", "--chat=True", "--temperature=0", "--max_new_tokens=6"]
     result = script("sample.py", *flags, "--system=Be brief.", "--dtype=float32")
     assert result.code == 0, result.err
+    assert "nothing was said, and nothing is saved" in result.err
+    assert not (tmp_path / "x").exists()
     assert "no command /nothing; /reset forgets" in result.err and "three" not in result.out
     saved = [(tmp_path / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("chat", "b")]
     first, second = (conversation(json.loads(text)) for text in saved)
@@ -438,6 +468,7 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(capsys):
     text = talk.tok.decode(ids)
     assert text.startswith("system\nBe brief.\nuser\n") and "question 19" in text
     assert "question 1\n" not in text
+    assert len(talk.said) == 40 > len(talk.turns), "all are saved"
     said = capsys.readouterr().err
     assert "the context is full: the 2 oldest turns are forgotten" in said
     with pytest.raises(ValueError, match="leaves no room in a context of 128"):
@@ -546,7 +577,9 @@ def test_transformers_chats_alike(script, tmp_path, make):
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "It answers in conversations" in card and '"role": "user"' in card
     back = pretrained.load(f"hf:{folder}", "")
-    talk = Talk(with_chat(back.tok), 128, 20, "")
+    assert (back.tok.name, back.tok.chat) == (tok.name, tok.chat), "the one that it was before"
+    assert not pretrained.mismatch(tok, back.tok)
+    talk = Talk(back.tok, 128, 20, "")
     assert talk.ask("Hello?") == Template(tok).prompt(HELLO)
 
 

@@ -54,7 +54,7 @@ def with_chat(tok: Tokenizer) -> Tokenizer:
     ValueError for a template or a vocabulary with which that cannot be.
     """
     added: dict[str, int] = {}
-    if not (template := own_template(tok)):
+    if (template := own_template(tok)) in ("", CHATML):
         template, there = CHATML, special_tokens(tok)
         for name in (START, END):
             if name not in there:
@@ -64,10 +64,10 @@ def with_chat(tok: Tokenizer) -> Tokenizer:
     names = {i: name for name, i in special_tokens(tok).items()}
     stated = tok.stated.get("tokenizer") or {}
     marks = {}
-    for kind, i in (("bos", tok.bos), ("eos", tok.eot)):
+    for kind, i in (("bos", -1), ("eos", tok.eot)):  # transformers has no bos_token but a named one
         named = stated.get(f"{kind}_token")
         named = named.get("content") if isinstance(named, dict) else named
-        marks[kind] = named if isinstance(named, str) else names.get(-1 if i is None else i, "")
+        marks[kind] = named if isinstance(named, str) else names.get(i, "")
     entry = {"template": template, "added": added, "end": 0, **marks}  # the end is found out
     try:
         entry["end"] = Template(chatting(tok, entry)).end
@@ -234,13 +234,16 @@ class Template:
 
         Raises ValueError when the template changes a content beyond the blanks around it.
         """
-        text = self.rendered([*map(inside, turns)], False)
+        text, found = self.rendered([*map(inside, turns)], False), [*turns]
         if self.own:
             plain = self.rendered(turns, False)
             if MARKS.sub("", text) != plain:
                 found = [self.as_taken(turns, i, plain) for i in range(len(turns))]
                 text = self.rendered([*map(inside, found)], False)
-            if MARKS.sub("", text) != plain:
+            said = re.findall(f"{OPEN}([^{CLOSE}]*){CLOSE}", text)
+            if MARKS.sub("", text) != plain or (
+                len(said) == len(found) and said != contents(found)
+            ):
                 raise ValueError("its chat template changes what is said")
         if [text.count(mark) for mark in (OPEN, CLOSE)] != [len(turns)] * 2:
             raise ValueError("its chat template leaves out what is said, or repeats it")
@@ -337,6 +340,11 @@ class Walk:
             alike = [a == b for a, b in zip(self.tok.encode_array(head), ids, strict=False)]
             counts[alike.index(False) if False in alike else len(alike) :] = True
         self.add(ids, counts)
+
+
+def contents(turns: Sequence[Turn]) -> list[str]:
+    """What is said in turns."""
+    return [turn.content for turn in turns]
 
 
 def inside(turn: Turn) -> Turn:

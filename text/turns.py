@@ -45,7 +45,11 @@ def conversation(row: Mapping[str, Any], used: tuple[str, ...] = ()) -> list[Tur
     if len(used) > 1:
         return alpaca(row, *used)
     turns, system = turns_in(row[used[0]], used[0]), system_in(row)
-    return turns if turns and turns[0].role == SYSTEM else [*system, *turns]
+    if system and turns and turns[0].role == SYSTEM:
+        if turns[0] != system[0]:
+            raise ValueError(f"{used[0]} begins with another system's turn than the column system")
+        return turns
+    return [*system, *turns]
 
 
 def columns_of(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -66,7 +70,7 @@ def conversation_columns(names: Iterable[str], there: Iterable[Any] = ()) -> tup
     raise ValueError(
         f"no column {' or '.join(COLUMNS[:2])} and no {' and '.join(PAIRS[0])}; there are "
         f"{', '.join([*map(str, there or names)][:9]) or 'none'}"
-        + (f" (nothing in {empty[:200]})" if empty and names else "")
+        + (f" (nothing in {empty[:200]})" if empty else "")
     )
 
 
@@ -104,6 +108,8 @@ def turn_in(value: Any, where: str) -> Turn:
             known = ROLES.get(str(value[role]).lower())
             if known is None:
                 raise ValueError(f"{where} has the role {SHORT.repr(value[role])}")
+            if tools := [k for k in ("tool_calls", "function_call") if value.get(k)]:
+                raise ValueError(f"{where} has {tools[0]}, not read")
             if value.get("weight") not in (None, 1):  # OpenAI's, of what is not to be learnt
                 raise ValueError(f"{where} has a weight, {SHORT.repr(value['weight'])}, not read")
             return Turn(known, words(value[content], f"{where}.{content}"))

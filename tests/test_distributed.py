@@ -103,6 +103,7 @@ def test_two_ranks_make_the_same_run(on_two, whole):
     assert sorted(p.name for p in on_two.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
+@pytest.mark.slow
 def test_two_ranks_weigh_answers_alike(script, tmp_path):
     """Conversations of very different length: ranks and micro-batches have unequal counts."""
     rows = [

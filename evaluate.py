@@ -66,7 +66,7 @@ from run.gpu import unused_gpu
 from run.machine import Machine, choose_attention, describe, find_machine
 from run.settings import at_least, check_folder, check_model
 from text.batches import open_split
-from text.chat import Template, own_template, with_chat
+from text.chat import Template, answering
 from text.files import path_of, read_text, write
 from text.packing import Conversations
 from text.tokenizer import Tokenizer, of_dataset, well_formed
@@ -268,15 +268,7 @@ def run_lambada(found: Pretrained, machine: Machine) -> dict[str, Any]:
 
 def run_chat(found: Pretrained, machine: Machine) -> dict[str, Any]:
     """Loss on the answers of conversations, and how many a greedy model gives word for word."""
-    tok, window = found.tok, found.model.config.max_position_embeddings
-    if not tok.chat and not own_template(tok):
-        raise ValueError(
-            f"{found.path} was not taught to answer; fine-tune it with config/finetune_chat.py"
-        )
-    try:
-        tok = tok if tok.chat else with_chat(tok)
-    except ValueError as e:
-        raise ValueError(f"{found.path}: {e}") from e
+    tok, window = answering(found.tok, found.path), found.model.config.max_position_embeddings
     assert tok.chat is not None
     where, conversations = conversations_of(found, tok)
     questions, is_first, left_out = list[Question](), list[bool](), 0

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 # Before torch loads OpenMP, as in train.py: beside another program text then comes much faster.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -35,7 +34,7 @@ from run.gpu import unused_gpu
 from run.machine import Machine, choose_attention, describe, find_machine
 from run.settings import at_least, check_model
 from run.talk import Talk
-from text.chat import never, own_template, with_chat
+from text.chat import answering, never
 from text.files import path_of, printable, read_text
 from text.tokenizer import StreamDecoder, Tokenizer
 
@@ -238,27 +237,14 @@ def main() -> None:
     path, model, tok, _, lines = pretrained.load(init_from, out_dir)
     for line in lines:
         print(line, file=sys.stderr)
-    talk = talk_with(path, model, tok) if chat else None
+    talk = None
+    if chat:
+        context, begin = model.config.max_position_embeddings, read_prompt(system, "system")
+        talk = Talk(answering(tok, path), context, max_new_tokens, begin)
     machine = prepare(model, machine)
     kind = f"{quantize + ' and ' if quantize else ''}{machine.dtype}".replace("torch.", "")
     print(f"{path}, {tok.name} tokens, {kind}, {describe(machine.device)}", file=sys.stderr)
     answer(model, talk.tok if talk else tok, machine, talk)
-
-
-def talk_with(path: Path, model: GPT, tok: Tokenizer) -> Talk:
-    """A conversation with a model. Raises ValueError for one that was not taught to answer."""
-    if not tok.chat and not own_template(tok):
-        raise ValueError(
-            f"{path} goes on with a text, it was not taught to answer: fine-tune it with "
-            "config/finetune_chat.py, or leave --chat out"
-        )
-    try:
-        tok = tok if tok.chat else with_chat(tok)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
-    return Talk(
-        tok, model.config.max_position_embeddings, max_new_tokens, read_prompt(system, "system")
-    )
 
 
 @torch.inference_mode()

@@ -555,15 +555,14 @@ def tokenizer_config(
     texts |= {i: text for text, i in vocab.items()} if isinstance(vocab, dict) else {}
     texts |= {t["id"]: t["content"] for t in spec.get("added_tokens") or []}
     template = tok.chat.template if tok.chat else theirs.get("chat_template")
-    bos = tok.eot if tok.bos is None and trained else tok.bos
-    marks = {**({"bos_token": texts[bos]} if bos in texts else {}), "eos_token": texts[tok.eot]}
+    begins = tok.eot if tok.bos is None and trained else tok.bos
+    bos, eos = "" if begins is None else texts.get(begins, ""), texts[tok.eot]
     if tok.chat:  # as its template has had them
-        named = {"bos_token": tok.chat.bos, "eos_token": tok.chat.eos}
-        marks |= {k: v for k, v in named.items() if v}
-        marks = {k: v for k, v in marks.items() if k != "bos_token" or tok.chat.bos}
+        bos, eos = tok.chat.bos, tok.chat.eos or eos
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **marks,
+        **({"bos_token": bos} if bos else {}),
+        "eos_token": eos,
         **({"pad_token": texts[tok.pad]} if tok.pad in texts else {}),
         **({"add_bos_token": False, "add_eos_token": False} if trained else {}),
         "model_max_length": context,

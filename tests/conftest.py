@@ -28,6 +28,27 @@ hypothesis.settings.load_profile("patient")
 TEXT = "the cat sat on the mat and the dog sat on the log. " * 400
 
 
+# python -c of this, with the repository, a script and its flags: it takes its time over a token
+SLOWLY = """
+import runpy, sys, time
+sys.path.insert(0, sys.argv[1])
+sys.argv = sys.argv[2:]
+from making import sampling
+f = sampling.next_token
+sampling.next_token = lambda *a: (time.sleep(0.02), f(*a))[1]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def wait_for(stream, sign):
+    """Read a process's stream until it has said so."""
+    seen = b""
+    while sign not in seen:
+        more = stream.read(1)
+        assert more, seen
+        seen += more
+
+
 class Result(NamedTuple):
     code: int
     out: str

@@ -589,44 +589,44 @@ def check_tokens(folder):
         verify.check_folder(folder)
 
 
-def read_source(folder):
-    """Every text of a source, as a worker of data/prepare.py reads them."""
+def read_documents(folder, reading, use):
+    """Every document of a source, as a worker of data/prepare.py reads them, to `use`."""
     for path in sorted(folder.iterdir()):
-        found = sources.find(str(path), READING)
-        tok = get_tokenizer("bytes")
+        found = sources.find(str(path), reading)
         for part in found.parts:
-            for document in readers.documents(part, READING, folder):
+            for document in readers.documents(part, reading, folder):
                 try:
                     if isinstance(document, parts.BadData):
                         raise document
-                    if isinstance(document, parts.Note):
-                        continue
-                    texts = [document] if isinstance(document, str) else document
-                    for text in texts:
-                        assert type(text) is str
-                        assert len(tok.encode_documents([text])[0]) == workers.utf8_bytes(text) + 1
+                    if not isinstance(document, parts.Note):
+                        use(document)
                 except parts.BadData as e:
                     complain(e, (str(folder),))
+
+
+def read_source(folder):
+    """Every text of a source."""
+    tok = get_tokenizer("bytes")
+
+    def use(document):
+        for text in [document] if isinstance(document, str) else document:
+            assert type(text) is str
+            assert len(tok.encode_documents([text])[0]) == workers.utf8_bytes(text) + 1
+
+    read_documents(folder, READING, use)
 
 
 def read_talks(folder):
-    """Every conversation of a source, as a worker of data/prepare.py reads and writes it."""
+    """Every conversation of a source, and its tokens."""
     template = Template(CHAT)
-    for path in sorted(folder.iterdir()):
-        found = sources.find(str(path), TALKS)
-        for part in found.parts:
-            for document in readers.documents(part, TALKS, folder):
-                try:
-                    if isinstance(document, parts.BadData):
-                        raise document
-                    if isinstance(document, parts.Note):
-                        continue
-                    ids, counts, begins = template.encode(document.turns)
-                    assert len(ids) == len(counts) == len(begins)
-                    names = sum(int((ids == i).sum()) for i in template.special.values())
-                    assert names == 2 * len(document.turns) and str(folder) in document.where()
-                except parts.BadData as e:
-                    complain(e, (str(folder),))
+
+    def use(document):
+        ids, counts, begins = template.encode(document.turns)
+        assert len(ids) == len(counts) == len(begins)
+        names = sum(int((ids == i).sum()) for i in template.special.values())
+        assert names == 2 * len(document.turns) and str(folder) in document.where()
+
+    read_documents(folder, TALKS, use)
 
 
 def read_template(folder):

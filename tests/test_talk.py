@@ -14,7 +14,7 @@ import types
 import pytest
 import tokenizers
 import torch
-from conftest import ROOT
+from conftest import ROOT, SLOWLY, wait_for
 
 from configurator import ConfigError, overrides
 from formats import checkpoint, pretrained
@@ -487,17 +487,6 @@ def test_a_model_that_was_not_taught_says_so(script, tmp_path, typed):
     assert result.code == 1 and "was not taught to answer" in result.err
 
 
-SLOWLY = """
-import runpy, sys, time
-sys.path.insert(0, sys.argv[1])
-sys.argv = sys.argv[2:]
-from making import sampling
-f = sampling.next_token
-sampling.next_token = lambda *a: (time.sleep(0.02), f(*a))[1]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @pytest.mark.skipif(os.name != "posix", reason="a terminal of POSIX")
 def test_ctrl_c_ends_an_answer_and_not_the_program(out, heeded):
     """On a real terminal."""
@@ -510,13 +499,6 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(out, heeded):
     pipes = {"stdin": theirs, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **pipes, bufsize=0)
     os.close(theirs)
-
-    def wait_for(stream, sign):
-        seen = b""
-        while sign not in seen:
-            more = stream.read(1)
-            assert more, seen
-            seen += more
 
     for word in (b"one\n", b"two\n"):
         wait_for(process.stderr, b"> ")

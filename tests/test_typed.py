@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SLOWLY, wait_for
 
 from configurator import read_notes, settings_of
 from formats import checkpoint
@@ -183,30 +183,12 @@ def test_ctrl_c_while_a_rank_waits_for_others(tiny, heeded):
     assert process.returncode in (-signal.SIGINT, 130) and b"Traceback" not in err
 
 
-SLOWLY = """
-import runpy, sys, time
-sys.path.insert(0, sys.argv[1])
-sys.argv = sys.argv[2:]
-from making import sampling
-f = sampling.next_token
-sampling.next_token = lambda *a: (time.sleep(0.02), f(*a))[1]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @posix
 def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_program(folder, heeded):
     flags = [f"--out_dir={folder}", "--interactive", "--max_new_tokens=100000", "--device=cpu"]
     command = [sys.executable, "-c", SLOWLY, str(ROOT), str(ROOT / "sample.py"), *flags]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(command, **pipes, bufsize=0)
-
-    def wait_for(stream, sign):
-        seen = b""
-        while sign not in seen:
-            more = stream.read(1)
-            assert more, seen
-            seen += more
 
     for prompt in (b"one", b"two", b""):
         wait_for(process.stderr, b"> ")

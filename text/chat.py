@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from text import stated
 from text.tokenizer import Ids, Tokenizer, chatting, well_formed
 from text.turns import ASSISTANT, USER, Turn
 
@@ -62,12 +63,9 @@ def with_chat(tok: Tokenizer) -> Tokenizer:
         if tok.json_text is not None:
             with_tokens(tok.json_text, added)
     names = {i: name for name, i in special_tokens(tok).items()}
-    stated = tok.stated.get("tokenizer") or {}
-    marks = {}
-    for kind, i in (("bos", -1), ("eos", tok.eot)):  # transformers has no bos_token but a named one
-        named = stated.get(f"{kind}_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        marks[kind] = named if isinstance(named, str) else names.get(i, "")
+    # transformers has no bos_token but a named one
+    marks = {kind: stated.named_token(tok.stated, kind) for kind in ("bos", "eos")}
+    marks["eos"] = marks["eos"] or names.get(tok.eot, "")
     entry = {"template": template, "added": added, "end": 0, **marks}  # the end is found out
     try:
         entry["end"] = Template(chatting(tok, entry)).end
@@ -110,11 +108,27 @@ def vocabulary_of(spec: dict[str, Any]) -> Container[str]:
 
 def own_template(tok: Tokenizer) -> str:
     """The chat template that an imported model's files state, "" for none."""
-    stated = (tok.stated.get("tokenizer") or {}).get("chat_template")
-    if isinstance(stated, list):  # several by name, as transformers 4 wrote them
-        named = [t for t in stated if isinstance(t, dict) and t.get("name") == "default"]
-        stated = named[0].get("template") if named else ""
-    return stated if isinstance(stated, str) else ""
+    template = (tok.stated.get("tokenizer") or {}).get("chat_template")
+    if isinstance(template, list):  # several by name, as transformers 4 wrote them
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else ""
+    return template if isinstance(template, str) else ""
+
+
+def answering(tok: Tokenizer, where: object) -> Tokenizer:
+    """The tokenizer of a model that answers, with its way to write conversations.
+
+    Raises ValueError, naming where it is from, for one that was not taught to.
+    """
+    if not tok.chat and not own_template(tok):
+        raise ValueError(
+            f"{where} goes on with a text, it was not taught to answer: fine-tune it with "
+            "config/finetune_chat.py"
+        )
+    try:
+        return tok if tok.chat else with_chat(tok)
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from e
 
 
 def special_tokens(tok: Tokenizer) -> dict[str, int]:

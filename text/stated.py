@@ -58,6 +58,13 @@ def ids(value: Any, vocabulary: Container[int]) -> list[int]:
     return [i for i in values if type(i) is int and i in vocabulary]
 
 
+def named_token(stated: Mapping[str, Any], kind: str) -> str:
+    """The text of the token that a tokenizer's files name for one of KINDS, "" for none."""
+    entry = (stated.get("tokenizer") or {}).get(f"{kind}_token")
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else ""
+
+
 def marks(stated: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Marks:
     """What the files state, as ids. vocabulary: the ids of tokens by their texts.
 
@@ -69,9 +76,8 @@ def marks(stated: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Marks:
     by_id = [stated.get(part) or {} for part in ("dataset", "model", "generation")]
     first: dict[str, int | None] = {}
     for kind in KINDS:
-        entry = (stated.get("tokenizer") or {}).get(f"{kind}_token")
-        text = entry.get("content") if isinstance(entry, dict) else entry
-        named = [vocabulary[text]] if isinstance(text, str) and text in vocabulary else []
+        text = named_token(stated, kind)
+        named = [vocabulary[text]] if text in vocabulary else []
         dataset, model, generation = (ids(part.get(f"{kind}_token_id"), there) for part in by_id)
         first[kind] = next(iter([*dataset, *named, *model, *generation]), None)
     _, model, generation = (ids(part.get("eos_token_id"), there) for part in by_id)

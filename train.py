@@ -220,7 +220,7 @@ def main() -> None:
     saver = Saver(out, keep_last, milestone_interval, rank == 0, in_parts)
     agreement = Agreement(team, stop, saver)
     micro = MicroBatch(batch_size, windows, state, model, optimizer, agreement, sharded)
-    settle(settings, machine, micro, team)
+    settle(settings, flops * max_iters, machine, micro, team)
     health = Health(state, skip_spike, max_skipped)
 
     # --- a line for each fact that the user may want to check

@@ -21,6 +21,7 @@ from bench.models import Shape, build
 from plan import fit
 from plan.memory import Training
 from run import machine, script
+from run.copies import Copies
 from run.optim import configure_optimizer
 
 MODULE = "bench.trainers"  # this one, whatever it is called when it runs
@@ -65,9 +66,13 @@ class Trainer:
             machine.keep_freed_memory()
         self.model, self.loss = build(kind.name, kind.shape.config)
         self.model.to(device)
+        self.copies: Copies | None = None
         if kind.name == "ours":
-            machine.save_memory(self.model, level_of(kind, dtype, device))
+            training = training_of(kind, dtype, device)
+            machine.save_memory(self.model, training.saving)
             machine.choose_attention(self.model, dtype)
+            if training.copies:
+                self.copies = Copies(self.model, dtype)
         if hasattr(self.model, "configure_optimizers"):
             self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
         else:
@@ -83,22 +88,26 @@ class Trainer:
 
     def work(self) -> None:
         """What a step does."""
+        if self.copies:
+            self.copies.lend()
         for _ in range(self.micro_steps):
             with self.autocast:
                 loss = self.loss(self.net, self.x, self.y) / self.micro_steps
             loss.backward()
+        if self.copies:
+            self.copies.take_back()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def level_of(kind: Kind, dtype: torch.dtype, device: torch.device) -> int:
-    """How much memory our training has to save, as train.py decides."""
+def training_of(kind: Kind, dtype: torch.dtype, device: torch.device) -> Training:
+    """Our training, which saves as much memory as train.py decides."""
     windows = kind.shape.batch * kind.micro_steps
     training = Training(
         kind.shape.config, dtype, device.type, kind.compiled, False, kind.micro_steps > 1
     )
-    return fit.as_needed(training, kind.shape.batch, windows, fit.room_of(device)).saving
+    return fit.as_needed(training, kind.shape.batch, windows, fit.room_of(device))
 
 
 def make_steps(kind: Kind) -> None:

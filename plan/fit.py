@@ -17,8 +17,9 @@ from model import GPT, GPTConfig, num_parameters
 from plan import memory
 from plan.memory import Training
 from run.compiling import why_not_compile, why_uncompiled
+from run.copies import Copies
 from run.log import say
-from run.machine import Machine, most_saving
+from run.machine import Machine, levels, most_saving
 from run.microbatch import MicroBatch
 from run.team import Team
 from text.files import named_reason
@@ -29,10 +30,10 @@ GIB = 2**30
 # mps and a CPU, where it is Python and torch, assumed.
 RESERVE = {"cuda": 1.0 * GIB, "mps": 1.0 * GIB, "cpu": 0.5 * GIB}
 # Computed for the reference on an RTX 3090 (docs/speed.md): what a micro-step costs whatever its
-# size (casts of weights, sums of gradients), in tokens, and how much longer it takes when memory is
-# saved.
-FIXED_TOKENS = 218
-SLOWER = 1.007
+# size (casts of weights, sums of gradients), in tokens, with copies of the weights and without, and
+# how much longer its tokens take when memory is saved, with qk_norm and without.
+FIXED_TOKENS = {True: 118, False: 260}
+SLOWER = {True: 1.013, False: 1.0035}
 CPU_TOKENS = 16384  # chosen, not measured
 CHECKPOINTING = "--activation_checkpointing=True"
 BUCKETS, GATHERED, SHARES = "DDP's buckets", "gathered layers", "shares of all"  # parts, of ranks
@@ -106,12 +107,13 @@ def at_once(training: Training, windows: int, room: float | None) -> int:
     if training.device_type != "cuda":
         plain = replace(training, compiled=False)  # takes no less, and is traced sooner
         return largest_batch(plain, windows, room, max(1, CPU_TOKENS // context)) or 1
-    levels = (0, most_saving(training.dtype)) if training.chooses else (training.saving,)
     found = []  # cost of a token, micro-batch
-    for level in levels:
-        if batch := largest_batch(replace(training, saving=level), windows, room):
-            cost = (SLOWER if level else 1) * (1 + FIXED_TOKENS / (batch * context))
-            found.append((cost, batch))
+    for level in levels(training.dtype) if training.chooses else (training.saving,):
+        saving = replace(training, saving=level)
+        if batch := largest_batch(saving, windows, room):
+            fixed = FIXED_TOKENS[saving.copies] / (batch * context)
+            slower = SLOWER[training.config.qk_norm] if level else 1.0
+            found.append((slower * (1 + fixed), batch))
     return min(found, default=(0, 1))[1]
 
 
@@ -185,15 +187,18 @@ def training_of(
     )
 
 
-def settle(settings: Mapping[str, Any], machine: Machine, micro: MicroBatch, team: Team) -> None:
+def settle(
+    settings: Mapping[str, Any], flops: float, machine: Machine, micro: MicroBatch, team: Team
+) -> None:
     """Choose what a run that is about to be compiled takes at once, if nobody has, and saves.
 
     As the rank with the least memory needs it, and no less than the run did before a resume: so its
-    numbers stay. A plan that fails, on a torch that traces otherwise, costs a line.
+    numbers stay. A plan that fails, on a torch that traces otherwise, costs a line. flops: of the
+    run.
     """
     device, config, state = machine.device, micro.model.config, micro.state
     cannot = why_not_compile(device)
-    training = training_of(settings, config, machine, 0.0, cannot, team.ranks, team.local_ranks)
+    training = training_of(settings, config, machine, flops, cannot, team.ranks, team.local_ranks)
     micro.most_saving = 1 if micro.sharded else most_saving(machine.dtype)
     room, size, windows = room_of(device), micro.size, micro.windows
     try:
@@ -206,6 +211,8 @@ def settle(settings: Mapping[str, Any], machine: Machine, micro: MicroBatch, tea
     less, micro.saving = team.most(-size, min(max(needed.saving, state.saving), micro.most_saving))
     if needed is not training:
         state.saving = micro.saving
+    if replace(needed, saving=micro.saving).copies:
+        micro.copies = Copies(micro.model, machine.dtype)
     if not micro.size:
         micro.take(max(1, -less))
 
@@ -219,9 +226,12 @@ def as_needed(
     """
     if not training.chooses or room is None:
         return training
-    whole = replace(training, saving=least)
-    fits = peak(whole, batch, windows) <= room
-    return whole if fits else replace(training, saving=most_saving(training.dtype))
+    saving = training
+    for level in levels(training.dtype):
+        saving = replace(training, saving=level)
+        if level >= least and peak(saving, batch, windows) <= room:
+            break
+    return saving
 
 
 def room_of(device: torch.device) -> float | None:

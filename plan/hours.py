@@ -28,6 +28,7 @@ UNCOMPILED = 3.5  # times as long as compiled, measured once, on an H200
 # weight, gradient and moments, read and written by AdamW. Muon's are taken to be as many.
 UPDATE_BYTES = 4 + 8 + 28
 SUM_BYTES = 12  # of a parameter, when a micro-step's gradient is added to the others
+COPY_BYTES, COPY_SUM_BYTES = 6, 10  # of one that has a copy in 16 bits: to make it, and to add
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,15 @@ def update(training: Training, batch: int, micro_steps: int, card: cards.Card) -
         if "momentum" in group
     ]
     turned = Kernel(PRODUCTS, muon.operations(matrices), 0.0)
-    sums = (micro_steps - 1) * SUM_BYTES
-    moved = Kernel(LOOPS, 0.0, (sums + UPDATE_BYTES) * num_parameters(model))
+    copied = memory.copied(training.config) if training.copies else 0
+    alone = num_parameters(model) - copied  # the first gradient of these is taken as it comes
+    moved = Kernel(
+        LOOPS,
+        0.0,
+        UPDATE_BYTES * num_parameters(model)
+        + (micro_steps - 1) * SUM_BYTES * alone
+        + (micro_steps * COPY_SUM_BYTES + COPY_BYTES) * copied,
+    )
     times = 1.0 if training.compiled else UNCOMPILED
     return (
         micro_steps * times * micro_step(training, batch, card).total

@@ -26,9 +26,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 import model as model_file
 from model import GPT, GPTConfig, num_parameters
 from run import int8, machine, muon, optim
+from run.copies import Copies, matrices_of
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits and loss", "workspace")
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE = PARTS
+COPYING = (0, 2)  # levels of machine.save_memory at which a compiled run has copies of the weights
 LAYERS = (3, 4)  # depths that are traced; memory grows by the same amount with each layer
 VIEWS = {"view", "permute", "slice", "expand", "unsqueeze", "squeeze", "t", "transpose", "select"}
 VIEWS |= {"alias", "split", "split_with_sizes", "as_strided", "detach"}
@@ -61,6 +63,15 @@ class Training:
     def chooses(self) -> bool:
         """Whether it saves only as much memory as it has to: a GPU's whole model, compiled."""
         return self.device_type == "cuda" and self.compiled and self.shards == 1
+
+    @property
+    def copies(self) -> bool:
+        """Whether it keeps copies of the weights (run/copies.py) through an update.
+
+        At level 0, and uncompiled, that takes no memory: backward would keep its own.
+        """
+        cast = self.dtype != torch.float32 and self.matmul_dtype == "auto"
+        return cast and self.ranks == 1 and (not self.compiled or self.saving in COPYING)
 
 
 def probe(config: GPTConfig) -> int:
@@ -173,10 +184,14 @@ def uncompiled_on(device: str) -> Iterator[None]:
         yield
 
 
+def half(dtype: torch.dtype) -> torch.dtype:
+    """What stands in for a type of products where it is traced: float16 is as large as bfloat16."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 def loss_of(model: Callable[..., Any], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The loss of a micro-step, as train.py computes it; float16 is as large as bfloat16."""
-    half = torch.bfloat16 if dtype == torch.float16 else dtype
-    with machine.autocast(torch.device("cpu"), half):
+    """The loss of a micro-step, as train.py computes it."""
+    with machine.autocast(torch.device("cpu"), half(dtype)):
         loss: Tensor = model(x, x, loss_only=True)[1]
     return loss
 
@@ -237,17 +252,24 @@ def trace_eager(training: Training) -> tuple[Tensor, Tensor]:
         if training.accumulates:
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
-        known = [*model.parameters(), *model.buffers(), x]
-        known += [p.grad for p in model.parameters() if p.grad is not None]
+        weights = list(model.parameters())
+        known = [*weights, *model.buffers(), x, *(p.grad for p in weights if p.grad is not None)]
+        if training.copies:
+            Copies(model, half(training.dtype)).lend()
+            known += model.parameters()
         storages = Storages(ledger, known)
 
         def keep(t: Tensor) -> Tensor:
             storages.move(t, ACTIVATIONS)
             return t
 
+        def summed(p: Tensor) -> None:
+            for weight in weights:
+                if weight.grad is not None:
+                    storages.move(weight.grad, GRADIENTS)
+
         for p in model.parameters():
-            hook = p.register_post_accumulate_grad_hook  # a gradient, once it is summed up
-            hook(lambda p: storages.move(p.grad, GRADIENTS))  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(summed)  # type: ignore[no-untyped-call]
         with storages, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             loss = loss_of(model, x, training.dtype)
             ledger.note()
@@ -282,6 +304,8 @@ def captured(training: Training) -> tuple[fx.Graph, fx.Graph]:
     with fake, V.set_fake_mode(fake), attention_of(training.device_type):
         model, x = fake_model(training)
         machine.save_memory(model, training.saving)
+        if training.copies:
+            Copies(model, half(training.dtype)).lend()
         model.compile(backend=backend)
         torch.autograd.backward(loss_of(model, x, training.dtype))
     torch._dynamo.reset()  # a real run starts with nothing compiled
@@ -431,7 +455,7 @@ def shallow(training: Training, layers: int) -> Training:
     config = replace(training.config, num_hidden_layers=layers)
     accumulates = training.accumulates and not training.compiled
     alone = replace(training, config=config, accumulates=accumulates, optimizer="adamw")
-    return replace(alone, ranks=1, shards=1)
+    return replace(alone, ranks=min(2, training.ranks), shards=1)  # one rank alone has copies
 
 
 @functools.lru_cache(maxsize=64)
@@ -448,6 +472,13 @@ def states(config: GPTConfig, optimizer: str, dtype: torch.dtype) -> dict[str, i
     work = [muon.workspace(g["params"], optim.muon_dtype(dtype)) for g in groups if "momentum" in g]
     found = {WEIGHTS: n + buffers, GRADIENTS: n, OPTIMIZER: 4 * optim.moments(groups)}
     return found | {WORKSPACE: sum(work)}
+
+
+@functools.lru_cache(maxsize=64)
+def copied(config: GPTConfig) -> int:
+    """Numbers that run/copies.py has copies of."""
+    with torch.device("meta"):
+        return sum(m.weight.numel() for m in matrices_of(GPT(config)))
 
 
 def deeper(shallow: Tensor, deep: Tensor, more: int) -> Tensor:
@@ -474,7 +505,9 @@ def at_peak(training: Training, batch: int) -> dict[str, float]:
 
     The graph of a deep model is traced at two depths, and continued.
     """
-    update = states(training.config, training.optimizer, training.dtype)
+    update = dict(states(training.config, training.optimizer, training.dtype))
+    if training.copies:
+        update[WEIGHTS] += training.dtype.itemsize * copied(training.config)
     fixed = dict(update, **{WORKSPACE: 0})
     if not training.accumulates:
         fixed[GRADIENTS] = 0  # the backward pass makes them

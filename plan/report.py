@@ -31,6 +31,7 @@ from plan.hours import NODE
 from plan.memory import Training
 from run import cards, int8
 from run.compiling import why_not_compile
+from run.copies import Copies
 from run.cost import flops_per_token, model_line
 from run.curve import read_curve
 from run.folder import check_disk, disk_needed
@@ -61,6 +62,8 @@ SAVINGS = (  # what is said of save_memory's levels
     "",
     ", as backward computes norms and SwiGLU again",
     ", as backward computes norms and SwiGLU again and the loss comes in pieces",
+    ", as each micro-step casts the weights, backward computes norms and SwiGLU again and the loss "
+    "comes in pieces",
 )
 
 
@@ -142,6 +145,8 @@ def timed_step(
     if training.compiled:
         save_memory(model, training.saving)
         model.compile()
+    if training.copies:
+        Copies(model, training.dtype).lend()
 
     def micro() -> None:
         with context:

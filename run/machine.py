@@ -196,9 +196,17 @@ def describe(device: torch.device) -> str:
     return f"cpu, {n} thread{'s' * (n > 1)}, {instructions}"
 
 
+def levels(dtype: torch.dtype) -> tuple[int, ...]:
+    """The levels of save_memory for a GPU, from ample memory to little.
+
+    In float16 the sum over pieces could overflow.
+    """
+    return (0, 1) if dtype == torch.float16 else (0, 2, 3)
+
+
 def most_saving(dtype: torch.dtype) -> int:
-    """The level of save_memory for little memory. In float16 the sum over pieces could overflow."""
-    return 1 if dtype == torch.float16 else 2
+    """The level of save_memory for little memory."""
+    return levels(dtype)[-1]
 
 
 def save_memory(model: GPT, level: int) -> None:
@@ -206,8 +214,8 @@ def save_memory(model: GPT, level: int) -> None:
 
     0: backward finds all that a matrix product reads, torch's default (2.13). 1: it computes
     SwiGLU's product and the norms again. 2: and the head and its loss come in pieces, and queries
-    and keys are normed and turned again. On a CPU 1 is as fast as 0. A GPU goes from 0 to 2, which
-    is no slower than 1 (docs/speed.md).
+    and keys are normed and turned again. 3: and an update has no copies of the weights
+    (run/copies.py). On a CPU 1 is as fast as 0. On a GPU 2 is no slower than 1 (docs/speed.md).
     """
     from torch._functorch import config  # only those who compile need it
 

@@ -8,6 +8,7 @@ import torch
 
 from model import GPT
 from run.agreement import Agreement, ShortElsewhere
+from run.copies import Copies
 from run.log import say
 from run.machine import is_oom, release_memory, save_memory
 from run.optim import moments
@@ -68,6 +69,7 @@ class MicroBatch:
         self.device = model.embed_tokens.weight.device
         self.compiled = False
         self.saving = self.most_saving = 1  # see save_memory
+        self.copies: Copies | None = None  # of the weights, while gradients are summed up
 
     @property
     def count(self) -> int:
@@ -102,6 +104,7 @@ class MicroBatch:
         release_memory(self.device)
         if self.compiled and not self.sharded and self.saving < self.most_saving:
             self.saving = self.state.saving = self.most_saving
+            self.copies = None
             save_memory(self.model, self.saving)
             say("going on with less kept for backward; same tokens")
             return
@@ -131,8 +134,14 @@ class Attempt:
     def take_room(self) -> None:
         """The first update allocates the moments, too late to try again: room for them now."""
         micro = self.micro
+        self.lend()
         if not micro.optimizer.state and not micro.sharded:
             self.room = torch.empty(moments(micro.optimizer.param_groups), device=micro.device)
+
+    def lend(self) -> None:
+        """Have the model compute with copies of its weights, where it has them, until the end."""
+        if self.micro.copies:
+            self.micro.copies.lend()
 
     def agree(self) -> None:
         """Before ranks exchange numbers. Raises Stopped, or ShortElsewhere for `with` to catch."""
@@ -157,6 +166,7 @@ class Attempt:
 
     def checked(self, batches: Iterable[T]) -> Iterator[T]:
         """An evaluation's batches, until somebody asks the run to end: `agree` comes after them."""
+        self.lend()
         for batch in batches:
             if self.micro.sharded:
                 self.agree()
@@ -168,6 +178,8 @@ class Attempt:
         self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
     ) -> bool:
         self.room = None
+        if self.micro.copies:
+            self.micro.copies.take_back()
         elsewhere = isinstance(e, ShortElsewhere)
         if not elsewhere and not is_oom(e):
             return False

@@ -1,8 +1,8 @@
 # The reference's loss with 55% of its tokens: the same 303M parameters and a norm on each query and
 # key, Muon for the matrices, and a rate that falls in a line to zero.
 #   python data/prepare.py && python train.py config/train_gpt_fast.py
-# 8,250 updates, 4.06 B tokens. About 49 hours on one RTX 3090, as the plan computes them (it gives
-# the reference 88 hours). Expected validation loss 2.89, extrapolated from models up to 3.9M
+# 8,250 updates, 4.06 B tokens. About 48 hours on one RTX 3090, as the plan computes them (it gives
+# the reference 87 hours). Expected validation loss 2.89, extrapolated from models up to 3.9M
 # parameters in the blocks, where 0.54 was measured (docs/recipes.md): nobody has run it. One with
 # 31.5M hints at 0.6. Shorter: --max_iters=6000 --warmup_iters=320, 35 hours and 0.03 to 0.09 above
 # the reference's loss, as small models have it.

@@ -145,8 +145,9 @@ def timed_step(
     if training.compiled:
         save_memory(model, training.saving)
         model.compile()
-    if training.copies:
-        Copies(model, training.dtype).lend()
+    copies = Copies(model, training.dtype) if training.copies else None
+    if copies:
+        copies.lend()
 
     def micro() -> None:
         with context:
@@ -154,8 +155,12 @@ def timed_step(
         torch.autograd.backward(loss)
 
     def update() -> None:
+        if copies:
+            copies.take_back()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if copies:
+            copies.lend()
 
     def seconds(work: Callable[[], None]) -> float:
         t0 = time.perf_counter()

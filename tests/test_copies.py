@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from model import GPT, GPTConfig
-from plan import memory
+from plan import memory, report
 from plan.memory import Training
 from run import machine, microbatch
 from run.agreement import Agreement
@@ -257,3 +257,18 @@ def test_copies_take_nothing_where_backward_would_keep_its_own():
         ours = Training(size, HALF, "cuda", compiled, False, True, saving=0)
         a, b = (sum(memory.at_peak(replace(ours, ranks=n), 128).values()) for n in (1, 2))
         assert a == pytest.approx(b, rel=0.01)
+
+
+def test_the_update_that_a_plan_times_has_gradients(monkeypatch):
+    """The weights' own, as in a run: without them an optimizer has nothing to do."""
+    seen, real = [], nn.utils.clip_grad_norm_
+
+    def clip(parameters, most):
+        parameters = list(parameters)
+        seen.append([p.grad is not None and p.dtype == torch.float32 for p in parameters])
+        return real(parameters, most)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", clip)
+    training = Training(SIZE, HALF, "cpu", False, False, True)
+    assert report.timed_step(training, torch.device("cpu"), 2, 4, repeats=1) > 0
+    assert len(seen) == 2 and all(map(all, seen))

@@ -19,7 +19,7 @@ from plan.memory import Training
 from run.compiling import why_not_compile, why_uncompiled
 from run.copies import Copies
 from run.log import say
-from run.machine import Machine, levels, most_saving
+from run.machine import Machine
 from run.microbatch import MicroBatch
 from run.team import Team
 from text.files import named_reason
@@ -29,9 +29,10 @@ GIB = 2**30
 # (0.74 GiB), cuBLAS' buffers (0.06) and gaps that the allocator could not fill (less than 0.09). On
 # mps and a CPU, where it is Python and torch, assumed.
 RESERVE = {"cuda": 1.0 * GIB, "mps": 1.0 * GIB, "cpu": 0.5 * GIB}
-# Computed for the reference on an RTX 3090 (docs/speed.md): what a micro-step costs whatever its
-# size (casts of weights, sums of gradients), in tokens, with copies of the weights and without, and
-# how much longer its tokens take when memory is saved, with qk_norm and without.
+# Computed on an RTX 3090 for the reference (docs/speed.md), and for the recipe with its qk_norm:
+# what a micro-step costs whatever its size (casts of weights, sums of gradients), in tokens, with
+# copies of the weights and without; and how much longer its tokens take when memory is saved, where
+# queries and keys are normed again and where not.
 FIXED_TOKENS = {True: 118, False: 260}
 SLOWER = {True: 1.013, False: 1.0035}
 CPU_TOKENS = 16384  # chosen, not measured
@@ -108,11 +109,11 @@ def at_once(training: Training, windows: int, room: float | None) -> int:
         plain = replace(training, compiled=False)  # takes no less, and is traced sooner
         return largest_batch(plain, windows, room, max(1, CPU_TOKENS // context)) or 1
     found = []  # cost of a token, micro-batch
-    for level in levels(training.dtype) if training.chooses else (training.saving,):
+    for level in training.levels:
         saving = replace(training, saving=level)
         if batch := largest_batch(saving, windows, room):
             fixed = FIXED_TOKENS[saving.copies] / (batch * context)
-            slower = SLOWER[training.config.qk_norm] if level else 1.0
+            slower = SLOWER[level > 1 and training.config.qk_norm] if level else 1.0
             found.append((slower * (1 + fixed), batch))
     return min(found, default=(0, 1))[1]
 
@@ -199,7 +200,8 @@ def settle(
     device, config, state = machine.device, micro.model.config, micro.state
     cannot = why_not_compile(device)
     training = training_of(settings, config, machine, flops, cannot, team.ranks, team.local_ranks)
-    micro.most_saving = 1 if micro.sharded else most_saving(machine.dtype)
+    training = replace(training, copying=team.alone)
+    micro.most_saving = 1 if micro.sharded else training.levels[-1]
     room, size, windows = room_of(device), micro.size, micro.windows
     try:
         size = size or at_once(training, windows, room)
@@ -227,7 +229,7 @@ def as_needed(
     if not training.chooses or room is None:
         return training
     saving = training
-    for level in levels(training.dtype):
+    for level in training.levels:
         saving = replace(training, saving=level)
         if level >= least and peak(saving, batch, windows) <= room:
             break

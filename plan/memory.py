@@ -30,7 +30,6 @@ from run.copies import Copies, matrices_of
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits and loss", "workspace")
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE = PARTS
-COPYING = (0, 2)  # levels of machine.save_memory at which a compiled run has copies of the weights
 LAYERS = (3, 4)  # depths that are traced; memory grows by the same amount with each layer
 VIEWS = {"view", "permute", "slice", "expand", "unsqueeze", "squeeze", "t", "transpose", "select"}
 VIEWS |= {"alias", "split", "split_with_sizes", "as_strided", "detach"}
@@ -58,6 +57,7 @@ class Training:
     ranks: int = 1  # processes, of a device each
     shards: int = 1  # ranks that weights, gradients and moments are spread over; 1: DDP
     matmul_dtype: str = "auto"  # of the blocks' linear layers; or int8
+    copying: bool = True  # may have copies of the weights: no process group that wants gradients
 
     @property
     def chooses(self) -> bool:
@@ -68,10 +68,26 @@ class Training:
     def copies(self) -> bool:
         """Whether it keeps copies of the weights (run/copies.py) through an update.
 
-        At level 0, and uncompiled, that takes no memory: backward would keep its own.
+        At level 0, and uncompiled, that takes no memory: backward would keep its own. With
+        checkpointing it would keep none.
         """
-        cast = self.dtype != torch.float32 and self.matmul_dtype == "auto"
-        return cast and self.ranks == 1 and (not self.compiled or self.saving in COPYING)
+        cast = self.dtype != torch.float32 and self.matmul_dtype == "auto" and self.ranks == 1
+        has_room = self.saving in (0, 2) if self.chooses else not self.compiled
+        return cast and self.copying and has_room and not self.checkpointing
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels of machine.save_memory that it may take, from ample memory to little.
+
+        In float16 the sum over pieces could overflow. The last level only leaves out the copies.
+        """
+        if not self.compiled or self.shards > 1:
+            return (self.saving,)
+        if self.device_type != "cuda":
+            return (1, 2)
+        if self.dtype == torch.float16:
+            return (0, 1)
+        return (0, 2, 3) if replace(self, saving=2).copies else (0, 2)
 
 
 def probe(config: GPTConfig) -> int:
@@ -455,7 +471,7 @@ def shallow(training: Training, layers: int) -> Training:
     config = replace(training.config, num_hidden_layers=layers)
     accumulates = training.accumulates and not training.compiled
     alone = replace(training, config=config, accumulates=accumulates, optimizer="adamw")
-    return replace(alone, ranks=min(2, training.ranks), shards=1)  # one rank alone has copies
+    return replace(alone, ranks=1, shards=1, copying=training.copies)
 
 
 @functools.lru_cache(maxsize=64)

@@ -40,7 +40,6 @@ from run.log import say
 from run.machine import (
     Machine,
     autocast,
-    most_saving,
     save_memory,
     select_device,
     select_dtype,
@@ -111,7 +110,7 @@ def card_lines(training: Training, windows: int) -> Iterator[str]:
         dtype=torch.bfloat16,
         compiled=True,
         checkpointing=False,
-        saving=most_saving(torch.bfloat16) if training.shards == 1 else 1,
+        saving=1,
     )
     whose = "a card's" if training.ranks > 1 else "the step's"
     yield (
@@ -122,7 +121,8 @@ def card_lines(training: Training, windows: int) -> Iterator[str]:
     for size in CARD_SIZES:
         room = size * GIB - fit.RESERVE["cuda"]
         trainings = (plain, replace(plain, checkpointing=True))
-        a, b = (largest_batch(t, windows, room) or "none" for t in trainings)
+        least = (replace(t, saving=t.levels[-1]) for t in trainings)
+        a, b = (largest_batch(t, windows, room) or "none" for t in least)
         yield f"  {size:>3} GB    {a:>8}    {b:>8}"
 
 

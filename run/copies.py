@@ -1,7 +1,7 @@
-"""The layers' matrices in the type of their products: cast once an update, not in each micro-step.
+"""16-bit copies of the layers' float32 weights ("master weights"), cast once an update.
 
-Autocast casts the float32 weights in each micro-step, keeps what it cast until the backward pass,
-and casts the gradients back. The numbers are the same bits either way.
+Autocast casts the weights in each micro-step, keeps what it cast until the backward pass, and casts
+the gradients back. The numbers are the same bits either way.
 """
 
 import torch
@@ -11,9 +11,8 @@ from model import GPT
 
 
 def matrices_of(model: GPT) -> list[nn.Linear]:
-    """The linear layers that autocast casts; a head that is the embedding, too, stays float32."""
-    linear = (m for m in model.modules() if isinstance(m, nn.Linear))
-    return [m for m in linear if m.weight is not model.embed_tokens.weight]
+    """The layers' linear modules. Not the head: its gradient in pieces comes in float32."""
+    return [m for m in model.layers.modules() if isinstance(m, nn.Linear)]
 
 
 class Copies:

@@ -196,19 +196,6 @@ def describe(device: torch.device) -> str:
     return f"cpu, {n} thread{'s' * (n > 1)}, {instructions}"
 
 
-def levels(dtype: torch.dtype) -> tuple[int, ...]:
-    """The levels of save_memory for a GPU, from ample memory to little.
-
-    In float16 the sum over pieces could overflow.
-    """
-    return (0, 1) if dtype == torch.float16 else (0, 2, 3)
-
-
-def most_saving(dtype: torch.dtype) -> int:
-    """The level of save_memory for little memory."""
-    return levels(dtype)[-1]
-
-
 def save_memory(model: GPT, level: int) -> None:
     """Have a model that is about to be compiled take less memory.
 

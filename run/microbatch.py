@@ -101,10 +101,12 @@ class MicroBatch:
         self.model.train()  # it may have happened in an evaluation
         if self.compiled:
             torch.compiler.reset()  # graphs of the old size are of no use, and have a limit
-        release_memory(self.device)
-        if self.compiled and not self.sharded and self.saving < self.most_saving:
-            self.saving = self.state.saving = self.most_saving
+        saves = self.compiled and not self.sharded and self.saving < self.most_saving
+        if saves:
             self.copies = None
+        release_memory(self.device)
+        if saves:
+            self.saving = self.state.saving = self.most_saving
             save_memory(self.model, self.saving)
             say("going on with less kept for backward; same tokens")
             return
@@ -132,7 +134,10 @@ class Attempt:
         return self
 
     def take_room(self) -> None:
-        """The first update allocates the moments, too late to try again: room for them now."""
+        """What an update needs: `lend`, and room for the moments, which its end first allocates.
+
+        Then it would be too late to try again.
+        """
         micro = self.micro
         self.lend()
         if not micro.optimizer.state and not micro.sharded:
@@ -165,7 +170,10 @@ class Attempt:
                 yield i, last
 
     def checked(self, batches: Iterable[T]) -> Iterator[T]:
-        """An evaluation's batches, until somebody asks the run to end: `agree` comes after them."""
+        """An evaluation's batches, until somebody asks the run to end: `agree` comes after them.
+
+        It begins with `lend`.
+        """
         self.lend()
         for batch in batches:
             if self.micro.sharded:

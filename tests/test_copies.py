@@ -32,12 +32,18 @@ SIZE = GPTConfig(
     max_position_embeddings=16,
 )
 HALF = torch.bfloat16
-AUTOCAST = machine.autocast(torch.device("cpu"), HALF)
+CPU = torch.device("cpu")
+AUTOCAST = machine.autocast(CPU, HALF)
 FORMS = {
     "as it is": {},
     "norms and biases": {"qk_norm": True, "attention_bias": True, "mlp_bias": True},
     "a head of its own": {"tie_word_embeddings": False},
     "dropout": {"dropout": 0.1},
+}
+HOW = {
+    "all kept": lambda model: machine.save_memory(model, 0),
+    "memory saved, and the loss in pieces": lambda model: machine.save_memory(model, 2),
+    "each layer computed twice": lambda model: setattr(model, "activation_checkpointing", True),
 }
 
 
@@ -47,7 +53,8 @@ def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch._dynamo.reset()
-    yield
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+        yield
     torch._dynamo.reset()
     torch.set_num_threads(threads)
 
@@ -56,19 +63,21 @@ def tokens(n=2):
     return torch.randint(0, SIZE.vocab_size, (n, SIZE.max_position_embeddings))
 
 
-def backward(model, ids):
-    with AUTOCAST:
+def backward(model, ids, dtype=HALF, scaler=None):
+    with machine.autocast(CPU, dtype):
         loss = model(ids, ids, loss_only=True)[1]
-    (loss / 3).backward()
+    (scaler.scale(loss / 3) if scaler else loss / 3).backward()
     return loss.item()
 
 
-def trained(size, copied, backend="", first=None):
+def trained(size, copied, backend="", first=None, how="all kept", dtype=HALF):
     """Losses and weights after three updates of three micro-steps. first: what is done before."""
     torch.manual_seed(0)
     model = GPT(size)
+    HOW[how](model)
     optimizer = configure_optimizer(model, 1e-2, (0.9, 0.95), 0.1)
-    copies = Copies(model, HALF) if copied else None
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=2.0**10)
+    copies = Copies(model, dtype) if copied else None
     if backend:
         model.compile(dynamic=False, backend=backend)
     if first:
@@ -78,11 +87,13 @@ def trained(size, copied, backend="", first=None):
         torch.manual_seed(step)
         if copies:
             copies.lend()
-        losses += [backward(model, tokens()) for _ in range(3)]
+        losses += [backward(model, tokens(), dtype, scaler) for _ in range(3)]
         if copies:
             copies.take_back()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
     return losses, dict(model.named_parameters())
 
@@ -93,19 +104,27 @@ def assert_same(found, expected):
         assert name == same and a.dtype == torch.float32 and torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("form", FORMS)
-def test_the_bits_are_those_without_copies(form):
+def test_the_bits_are_those_without_copies(form, how):
     size = replace(SIZE, **FORMS[form])
-    assert_same(trained(size, True), trained(size, False))
+    assert_same(trained(size, True, how=how), trained(size, False, how=how))
+
+
+def test_the_bits_of_scaled_float16_are_those_without_copies():
+    found, expected = (trained(SIZE, copied, dtype=torch.float16) for copied in (True, False))
+    assert_same(found, expected)
+    assert found[0][-1] < found[0][0], "no update was left out"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("form", FORMS)
-def test_the_bits_are_those_without_copies_compiled(form):
+def test_the_bits_are_those_without_copies_compiled(form, how):
     size = replace(SIZE, **FORMS[form])
-    found = trained(size, True, "inductor")
+    found = trained(size, True, "inductor", how=how)
     torch._dynamo.reset()
-    assert_same(found, trained(size, False, "inductor"))
+    assert_same(found, trained(size, False, "inductor", how=how))
 
 
 def test_lending_again_makes_no_other_graph():
@@ -115,31 +134,31 @@ def test_lending_again_makes_no_other_graph():
 
 
 def test_what_is_copied():
-    """What autocast casts for a product; the embedding's table is read in float32, too."""
-    tied, untied = GPT(SIZE), GPT(replace(SIZE, tie_word_embeddings=False))
-    assert len(matrices_of(tied)) == 7 * SIZE.num_hidden_layers
-    assert matrices_of(untied)[-1] is untied.lm_head
-    copies = Copies(tied, HALF)
-    copies.lend()
-    kinds = {name: p.dtype for name, p in tied.named_parameters()}
-    assert kinds.pop("embed_tokens.weight") == torch.float32
-    assert all((kind == HALF) == ("_proj" in name) for name, kind in kinds.items())
-    copies.take_back()
-    assert {p.dtype for p in tied.parameters()} == {torch.float32}
+    """The layers' matrices, and not the head, whose gradient in pieces is float32."""
+    for tied in (True, False):
+        model = GPT(replace(SIZE, tie_word_embeddings=tied))
+        copies = Copies(model, HALF)
+        assert len(copies.weights) == 7 * SIZE.num_hidden_layers
+        copies.lend()
+        kinds = {name: p.dtype for name, p in model.named_parameters()}
+        assert all((kind == HALF) == ("_proj" in name) for name, kind in kinds.items())
+        copies.take_back()
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_a_backward_pass_that_failed_half_way_leaves_nothing():
     """Nor an update that was left: both would be added to the next one's gradients."""
 
     def fail(model, copies):
-        def short(grad):
+        def short(*_):
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
         copies.lend()
-        copies.copies[-1].grad = torch.ones_like(copies.copies[-1])  # as autograd may leave it
-        hook = model.layers[0].register_full_backward_hook(lambda *_: short(None))
+        hook = model.layers[0].register_full_backward_hook(short)
         with pytest.raises(torch.OutOfMemoryError):
             backward(model, tokens())
+        assert all(weight.grad is not None for weight in copies.weights[7:])
+        copies.copies[0].grad = torch.ones_like(copies.copies[0])  # as autograd may leave it
         hook.remove()
         copies.take_back()
         model.zero_grad(set_to_none=True)
@@ -243,10 +262,22 @@ def test_which_runs_have_them():
     """One rank's, in 16 bits, where they take no memory or there is enough."""
     plain = Training(SIZE, HALF, "cuda", True, False, True)
     assert [replace(plain, saving=level).copies for level in range(4)] == [True, False, True, False]
-    assert replace(plain, saving=0, dtype=torch.float16).copies
+    assert plain.levels == (0, 2, 3)
+    half = replace(plain, saving=0, dtype=torch.float16)
+    assert half.copies and half.levels == (0, 1)
     assert replace(plain, compiled=False).copies
-    for other in ({"dtype": torch.float32}, {"matmul_dtype": "int8"}, {"ranks": 2}):
-        assert not replace(plain, saving=0, **other).copies
+    on_cpu = replace(plain, device_type="cpu", saving=2)  # as after a resume
+    assert not on_cpu.copies and on_cpu.levels == (1, 2)
+    for other in (
+        {"dtype": torch.float32},
+        {"matmul_dtype": "int8"},
+        {"ranks": 2},
+        {"copying": False},
+        {"checkpointing": True},
+    ):
+        without = replace(plain, saving=0, **other)
+        assert not without.copies and without.levels == (0, 2)
+        assert not replace(without, compiled=False).copies
 
 
 @pytest.mark.slow

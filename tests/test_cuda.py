@@ -1127,21 +1127,25 @@ def test_a_run_keeps_what_its_card_has_room_for(gpu, monkeypatch, capsys):
     settings = {"compile": "auto", "activation_checkpointing": False, "optimizer": "adamw"}
     settings |= {"parallel": "ddp", "matmul_dtype": "auto"}
 
-    def saved(needed, before=0, where=where, settings=settings, ranks=1):
+    def saved(needed, before=0, where=where, settings=settings, ranks=1, alone=True):
         """The level of a run of which one before the resume had `before`."""
         monkeypatch.setattr(fit, "peak", lambda *_: needed() * fit.GIB)  # or it traces
         micro = types.SimpleNamespace(model=GPT(SIZE), size=4, windows=8, copies=None)
         micro.state, micro.sharded = TrainState(saving=before), settings["parallel"] != "ddp"
-        several = types.SimpleNamespace(ranks=ranks, local_ranks=ranks, most=lambda *n: n)
+        several = team.Team(ranks=ranks, local_ranks=ranks, alone=alone)
         fit.settle(settings, 1e9, where, micro, several)
         assert micro.state.saving == (micro.saving if ranks == 1 else before)
-        assert (micro.copies is None) == (ranks > 1 or micro.saving in (1, 3))
+        assert (micro.copies is None) == (not alone or micro.saving in (1, 3))
         return micro.saving
 
     assert saved(lambda: 22) == 0 and saved(lambda: 22.1) == 3
     assert saved(lambda: 22, before=2) == 2, "or a resumed run would differ"
+    monkeypatch.setattr(team.Team, "most", lambda team, *n: n)
+    assert saved(lambda: 22, alone=False) == 0, "torchrun with one process has DDP, too"
+    assert saved(lambda: 22.1, alone=False) == 2, "which is all, without copies"
     shards = settings | {"parallel": "fsdp"}
-    assert saved(lambda: 22, settings=shards, ranks=2) == 1, "each layer is compiled alone"
+    for ranks in (1, 2):
+        assert saved(lambda: 23, settings=shards, ranks=ranks, alone=False) == 1, "by layer"
     assert saved(lambda: 1 / 0) == 3 and "ZeroDivisionError" in capsys.readouterr().out
     half = machine.Machine(torch.device("cuda", 0), torch.float16, "")
     assert saved(lambda: 22.1, before=2, where=half) == 1, "a sum over pieces could overflow"

@@ -104,6 +104,20 @@ def test_two_ranks_make_the_same_run(on_two, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--parallel=fsdp"], ["--compile=True"]])
+def test_one_rank_in_bfloat16_makes_the_same_run(flags, tmp_path, more):
+    """DDP and FSDP want the gradients of the weights, not of copies."""
+    kind = [*flags, "--dtype=bfloat16", "--max_iters=8", "--milestone_interval=0"]
+    alone, grouped = tmp_path / "alone", tmp_path / "grouped"
+    must(torchrun(1, *kind, *more, out=grouped))
+    command = [sys.executable, str(ROOT / "train.py"), *kind, f"--out_dir={alone}"]
+    subprocess.run(command, check=True, capture_output=True)
+    got, want = losses(grouped), losses(alone)
+    assert got.keys() == want.keys()
+    assert list(got.values()) == pytest.approx(list(want.values()), abs=0.01)
+
+
+@pytest.mark.slow
 def test_two_ranks_weigh_answers_alike(script, tmp_path):
     """Conversations of very different length: ranks and micro-batches have unequal counts."""
     rows = [

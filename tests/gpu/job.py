@@ -21,6 +21,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -145,12 +146,9 @@ def planned(size, dtype, compiled, checkpointing, batch, windows, most=False):
     from model import GPTConfig
     from plan import fit
     from plan.memory import Training
-    from run.machine import most_saving
 
-    saving = most_saving(dtype)
-    training = Training(
-        GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True, saving=saving
-    )
+    training = Training(GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True)
+    training = replace(training, saving=training.levels[-1])
     if not most:
         room = fit.room_of(torch.device("cuda", torch.cuda.current_device()))
         training = fit.as_needed(training, batch, windows, room)

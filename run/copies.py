@@ -1,7 +1,7 @@
 """16-bit copies of the layers' float32 weights ("master weights"), cast once an update.
 
 Autocast casts the weights in each micro-step, keeps what it cast until the backward pass, and casts
-the gradients back. The numbers are the same bits either way.
+the gradients back. The numbers are the same bits either way, but for what a compiler rounds.
 """
 
 import torch

@@ -1118,7 +1118,7 @@ def test_a_plan_for_cuda():
     assert "short" in compiling.why_uncompiled("auto", torch.device("cpu"), 1.0, "")
 
 
-@enters("memory.Training.chooses")
+@enters("memory.Training.chooses", "memory.Training.levels")
 def test_a_run_keeps_what_its_card_has_room_for(gpu, monkeypatch, capsys):
     """23 GiB are free, and no more is kept than 22 can hold."""
     where = machine.Machine(torch.device("cuda", 0), torch.bfloat16, "")

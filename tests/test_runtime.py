@@ -10,7 +10,7 @@ import torch
 from making import compiled
 from making.int8 import quantize
 from model import GPT, GPTConfig
-from run import cards
+from run import cards, machine
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,45 @@ def test_cards_are_known_by_their_whole_name(card, tflops):
     """A laptop's card has the number of a faster one in its name, a T400 that of a T4."""
     name = cards.short_name(card)
     assert next((c.tflops for c in cards.CARDS if cards.short_name(c.name) == name), None) == tflops
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "times", "taken", "why"),
+    [
+        (False, False, None, torch.float32, "no bfloat16 instructions"),
+        (True, False, 0.52, torch.float32, "bfloat16 has 0.5 times its speed on this CPU"),
+        (True, False, 1.9, torch.bfloat16, "computes faster in it"),
+        (True, True, 5.0, torch.bfloat16, "computes faster in it"),
+        (False, True, 1.1, torch.float32, "bfloat16 has 1.1 times its speed"),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_where_that_is_faster(
+    monkeypatch, avx512, amx, times, taken, why
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(machine, "bfloat16_times", lambda: times or pytest.fail("timed"))
+    found = machine.select_dtype("auto", torch.device("cpu"))
+    assert found[0] == taken and why in found[1]
+    assert machine.select_dtype("bfloat16", torch.device("cpu"))[0] == torch.bfloat16
+
+
+def test_the_faster_type_is_found_by_its_products(monkeypatch):
+    """Each product's time is read by turns, and the best of each type counts."""
+    now, real, clock = [0.0], torch.mm, []
+
+    def product(a, b):
+        clock.append(a.dtype)
+        late = 5.0 if len(clock) < 5 else 0.0  # others use the machine
+        now[0] += (1.0 if a.dtype == torch.float32 else 0.5) + late
+        return real(a, b)
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    machine.bfloat16_times.cache_clear()
+    assert machine.bfloat16_times() == pytest.approx(2.0)
+    assert clock[:4] == [torch.float32, torch.bfloat16] * 2
+    machine.bfloat16_times.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["tied", "int8"])

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from making import scoring
 from model import GPT, IGNORE_INDEX, GPTConfig
 from run import cards, int8, machine
+from run.copies import Copies
 from run.machine import choose_attention
 from text.batches import TrainLoader, TrainOrder, host_tensor
 from text.tokens import TokenData
@@ -216,6 +217,29 @@ def test_loss_and_gradients_are_those_of_a_cpu(where, heads, few):
     for name, number in theirs.items():
         assert number.norm() > 0
         assert (mine[name] - number).norm() < 1e-4 * number.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_with_copies_of_the_weights_have_the_same_bits(where, dtype):
+    """Of two micro-steps. Plain attention and no atomic sums, but for the embedding's own."""
+    torch.manual_seed(0)
+    model = GPT(size(4, 2, qk_norm=True)).to(where)
+    ids = torch.randint(320, (2, 4, 128)).to(where)
+
+    def gradients(copied):
+        there = copy.deepcopy(model)
+        copies = Copies(there, dtype)
+        if copied:
+            copies.lend()
+        for x in ids:
+            with sdpa_kernel(SDPBackend.MATH), machine.autocast(where, dtype):
+                loss = there(x, x, loss_only=True)[1]
+            loss.backward()
+        assert (there.layers[0].mlp.up_proj.weight.dtype == dtype) == copied
+        return [loss.detach(), *(weight.grad for weight in copies.weights)]
+
+    for found, wanted in zip(gradients(True), gradients(False), strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, wanted)
 
 
 @pytest.fixture

@@ -205,7 +205,9 @@ def settle(
     room, size, windows = room_of(device), micro.size, micro.windows
     try:
         size = size or at_once(training, windows, room)
-        needed = as_needed(training, size, windows, room, state.saving)
+        needed = training
+        if not micro.sharded:  # else each layer is compiled alone
+            needed = as_needed(training, size, windows, room, state.saving)
     except Exception as e:  # whatever a tracer may raise
         say(f"plan     failed, memory is saved ({named_reason(e)[:120]})")
         needed = replace(training, saving=micro.most_saving)

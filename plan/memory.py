@@ -68,8 +68,8 @@ class Training:
     def copies(self) -> bool:
         """Whether it keeps copies of the weights (run/copies.py) through an update.
 
-        At level 0, and uncompiled, that takes no memory: backward would keep its own. With
-        checkpointing it would keep none.
+        At level 0, and uncompiled, that takes no memory: backward keeps what autocast casts. With
+        checkpointing it keeps no casts, so copies would take memory.
         """
         cast = self.dtype != torch.float32 and self.matmul_dtype == "auto" and self.ranks == 1
         has_room = self.saving in (0, 2) if self.chooses else not self.compiled
@@ -79,15 +79,14 @@ class Training:
     def levels(self) -> tuple[int, ...]:
         """The levels of machine.save_memory that it may take, from ample memory to little.
 
-        In float16 the sum over pieces could overflow. The last level only leaves out the copies.
+        In float16 the sum over pieces could overflow. Level 3 only leaves out the copies.
         """
         if not self.compiled or self.shards > 1:
             return (self.saving,)
-        if self.device_type != "cuda":
-            return (1, 2)
+        first = 0 if self.device_type == "cuda" else 1
         if self.dtype == torch.float16:
-            return (0, 1)
-        return (0, 2, 3) if replace(self, saving=2).copies else (0, 2)
+            return (0, 1)[first:]
+        return (first, 2, 3) if replace(self, saving=2).copies else (first, 2)
 
 
 def probe(config: GPTConfig) -> int:

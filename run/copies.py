@@ -16,7 +16,7 @@ def matrices_of(model: GPT) -> list[nn.Linear]:
 
 
 class Copies:
-    """The weights of a model's linear layers in `dtype`, lent to it while gradients are summed up.
+    """The layers' weights in `dtype`, lent to the model while gradients are summed up.
 
     The gradients of the copies are added to the weights' own, in float32, as they come.
     """

@@ -4,10 +4,8 @@ import contextlib
 import ctypes
 import functools
 import gc
-import math
 import os
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +20,6 @@ SHORT_OF_MEMORY = (
     *("can't allocate memory", "not enough memory", "size calculation overflowed"),
 )
 LOSS_PIECES = 8  # of a micro-batch, at the higher levels of save_memory
-BFLOAT16_PAYS = 1.2  # times float32's speed from which it does on a CPU; casts cost some (chosen)
 
 
 @dataclass(frozen=True)
@@ -121,28 +118,20 @@ def select_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
             return torch.bfloat16, "the GPU computes in it"
         return torch.float16, "the GPU has no bfloat16; losses are scaled"
     if device.type == "cpu":
-        if not torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
-            return torch.float32, "the CPU has no bfloat16 instructions"
-        if (times := bfloat16_times()) < BFLOAT16_PAYS:
-            return torch.float32, f"bfloat16 has {times:.1f} times its speed on this CPU"
-        return torch.bfloat16, "the CPU computes faster in it"
+        # AVX-512's instructions alone are slow on Intel's; on AMD's assumed fast (docs/speed.md)
+        avx512 = torch.cpu._is_avx512_bf16_supported() and is_amd()
+        if avx512 or torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16, "the CPU has fast instructions for it"
+        return torch.float32, "the CPU has no fast instructions for bfloat16"
     return torch.float32, "the safe choice on mps"
 
 
-@functools.cache
-def bfloat16_times() -> float:
-    """The speed of a product in bfloat16, in times of float32's, timed on this CPU in 0.1 s or so.
-
-    An Intel Xeon with AVX-512's instructions for it, and without AMX, had 0.5.
-    """
-    sides = {d: torch.ones(512, 512, dtype=d) for d in (torch.float32, torch.bfloat16)}
-    best = dict.fromkeys(sides, math.inf)
-    for _ in range(20):  # by turns, as others may use the machine
-        for dtype, side in sides.items():
-            t0 = time.perf_counter()
-            torch.mm(side, side)
-            best[dtype] = min(best[dtype], time.perf_counter() - t0)
-    return best[torch.float32] / best[torch.bfloat16]
+def is_amd() -> bool:
+    """Whether the CPU is AMD's, as Windows and Linux tell."""
+    told = os.environ.get("PROCESSOR_IDENTIFIER", "")
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        told += f.read()
+    return "AuthenticAMD" in told
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:

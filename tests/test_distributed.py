@@ -104,7 +104,7 @@ def test_two_ranks_make_the_same_run(on_two, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--parallel=fsdp"], ["--compile=True"]])
+@pytest.mark.parametrize("more", [[], ["--parallel=fsdp"]])
 def test_one_rank_in_bfloat16_makes_the_same_run(flags, tmp_path, more):
     """DDP and FSDP want the gradients of the weights, not of copies."""
     kind = [*flags, "--dtype=bfloat16", "--max_iters=8", "--milestone_interval=0"]

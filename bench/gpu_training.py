@@ -222,8 +222,7 @@ def training_of(settings: Figures, device: torch.device, vocabulary: int) -> tup
 def batch_that_fits(training: Training, windows: int, wanted: int, device: torch.device) -> int:
     """`wanted`, or on a small card as many windows at once as the plan gives it."""
     room = room_of(device) or math.inf
-    saving = dataclasses.replace(training, saving=training.levels[-1])
-    return largest_batch(saving, windows, room, wanted) if room < AMPLE else wanted
+    return largest_batch(training.leanest, windows, room, wanted) if room < AMPLE else wanted
 
 
 # --- what has to hold

@@ -200,17 +200,15 @@ def settle(
     device, config, state = machine.device, micro.model.config, micro.state
     cannot = why_not_compile(device)
     training = training_of(settings, config, machine, flops, cannot, team.ranks, team.local_ranks)
-    training = replace(training, copying=team.alone)
-    micro.most_saving = 1 if micro.sharded else training.levels[-1]
+    training = replace(training, copying=team.alone, by_layer=micro.sharded)
+    micro.most_saving = training.leanest.saving
     room, size, windows = room_of(device), micro.size, micro.windows
     try:
         size = size or at_once(training, windows, room)
-        needed = training
-        if not micro.sharded:  # else each layer is compiled alone
-            needed = as_needed(training, size, windows, room, state.saving)
+        needed = as_needed(training, size, windows, room, state.saving)
     except Exception as e:  # whatever a tracer may raise
         say(f"plan     failed, memory is saved ({named_reason(e)[:120]})")
-        needed = replace(training, saving=micro.most_saving)
+        needed = training.leanest
     memory.captured.cache_clear()  # graphs that a run has no use for
     less, micro.saving = team.most(-size, min(max(needed.saving, state.saving), micro.most_saving))
     if needed is not training:

@@ -58,11 +58,17 @@ class Training:
     shards: int = 1  # ranks that weights, gradients and moments are spread over; 1: DDP
     matmul_dtype: str = "auto"  # of the blocks' linear layers; or int8
     copying: bool = True  # may have copies of the weights: no process group that wants gradients
+    by_layer: bool = False  # each layer is compiled alone: FSDP, of one rank even
 
     @property
     def chooses(self) -> bool:
         """Whether it saves only as much memory as it has to: a GPU's whole model, compiled."""
-        return self.device_type == "cuda" and self.compiled and self.shards == 1
+        return self.device_type == "cuda" and self.compiled and self.whole
+
+    @property
+    def whole(self) -> bool:
+        """Whether a graph is of a whole model."""
+        return self.shards == 1 and not self.by_layer
 
     @property
     def copies(self) -> bool:
@@ -81,12 +87,17 @@ class Training:
 
         In float16 the sum over pieces could overflow. Level 3 only leaves out the copies.
         """
-        if not self.compiled or self.shards > 1:
+        if not self.compiled or not self.whole:
             return (self.saving,)
         first = 0 if self.device_type == "cuda" else 1
         if self.dtype == torch.float16:
             return (0, 1)[first:]
         return (first, 2, 3) if replace(self, saving=2).copies else (first, 2)
+
+    @property
+    def leanest(self) -> "Training":
+        """The same with all memory saved that it may save."""
+        return replace(self, saving=self.levels[-1])
 
 
 def probe(config: GPTConfig) -> int:

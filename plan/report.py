@@ -121,8 +121,7 @@ def card_lines(training: Training, windows: int) -> Iterator[str]:
     for size in CARD_SIZES:
         room = size * GIB - fit.RESERVE["cuda"]
         trainings = (plain, replace(plain, checkpointing=True))
-        least = (replace(t, saving=t.levels[-1]) for t in trainings)
-        a, b = (largest_batch(t, windows, room) or "none" for t in least)
+        a, b = (largest_batch(t.leanest, windows, room) or "none" for t in trainings)
         yield f"  {size:>3} GB    {a:>8}    {b:>8}"
 
 

@@ -119,8 +119,8 @@ def select_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float16, "the GPU has no bfloat16; losses are scaled"
     if device.type == "cpu":
         # AVX-512's instructions alone are slow on Intel's; on AMD's assumed fast (docs/speed.md)
-        avx512 = torch.cpu._is_avx512_bf16_supported() and is_amd()
-        if avx512 or torch.cpu._is_amx_tile_supported():
+        avx512 = torch.cpu._is_avx512_bf16_supported()
+        if torch.cpu._is_amx_tile_supported() or (avx512 and is_amd()):
             return torch.bfloat16, "the CPU has fast instructions for it"
         return torch.float32, "the CPU has no fast instructions for bfloat16"
     return torch.float32, "the safe choice on mps"

@@ -101,21 +101,19 @@ class MicroBatch:
         self.model.train()  # it may have happened in an evaluation
         if self.compiled:
             torch.compiler.reset()  # graphs of the old size are of no use, and have a limit
-        saves = self.compiled and not self.sharded and self.saving < self.most_saving
-        if saves:
-            self.copies = None
-        release_memory(self.device)
-        if saves:
+        if self.compiled and not self.sharded and self.saving < self.most_saving:
             self.saving = self.state.saving = self.most_saving
+            self.copies = None
             save_memory(self.model, self.saving)
             say("going on with less kept for backward; same tokens")
-            return
-        if self.size == 1:
+        elif self.size > 1:
+            self.size = self.state.micro_batch = largest_divisor(self.windows, self.size // 2)
+            say(f"going on with {self.size} x {self.count} micro-steps; same tokens")
+        else:
             raise ValueError(
                 "out of memory with batch_size=1; use a smaller model or max_position_embeddings"
             )
-        self.size = self.state.micro_batch = largest_divisor(self.windows, self.size // 2)
-        say(f"going on with {self.size} x {self.count} micro-steps; same tokens")
+        release_memory(self.device)
 
 
 class Attempt:

@@ -1252,3 +1252,16 @@ def test_the_savers_copy_is_of_the_moment_it_was_asked():
     assert copy["model"]["w"].device.type == "cpu" and copy["step"] == 3
     assert copy["model"]["w"].tolist() == [0, 1, 2, 3, 4, 5]
     assert copy["model"]["w"] is copy["model"]["tied"]
+
+
+# ---------------------------------------------------------------- the tests that need a GPU
+
+
+@pytest.mark.parametrize(
+    "which", [["-k", "compiles_once"], pytest.param([], marks=pytest.mark.slow)]
+)
+def test_the_tests_of_a_gpu_run_on_a_cpu(which):
+    """So that what fails on somebody's card is the card's, and not the tests' own code."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "--device=cpu", *which]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout

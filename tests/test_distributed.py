@@ -42,6 +42,13 @@ def torchrun(ranks, *flags, code="", out=None, launcher=()):
     return subprocess.Popen(command, **pipes, text=True, encoding="utf-8", env=env)
 
 
+def without_torchrun(*flags, out):
+    """The folder of a run of train.py in a process alone, once it has ended well."""
+    command = [sys.executable, str(ROOT / "train.py"), *flags, f"--out_dir={out}"]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
 def finish(process):
     text, err = process.communicate(timeout=600)
     return process.returncode, text, err
@@ -83,10 +90,7 @@ def flags(dataset):
 @pytest.fixture(scope="session")
 def whole(flags, tmp_path_factory):
     """The folder of the run in one process."""
-    out = tmp_path_factory.mktemp("one") / "out"
-    command = [sys.executable, str(ROOT / "train.py"), *flags, f"--out_dir={out}"]
-    subprocess.run(command, check=True, capture_output=True)
-    return out
+    return without_torchrun(*flags, out=tmp_path_factory.mktemp("one") / "out")
 
 
 @pytest.fixture(scope="session")
@@ -110,9 +114,7 @@ def test_one_rank_in_bfloat16_makes_the_same_run(flags, tmp_path, more):
     kind = [*flags, "--dtype=bfloat16", "--max_iters=8", "--milestone_interval=0"]
     alone, grouped = tmp_path / "alone", tmp_path / "grouped"
     must(torchrun(1, *kind, *more, out=grouped))
-    command = [sys.executable, str(ROOT / "train.py"), *kind, f"--out_dir={alone}"]
-    subprocess.run(command, check=True, capture_output=True)
-    got, want = losses(grouped), losses(alone)
+    got, want = losses(grouped), losses(without_torchrun(*kind, out=alone))
     assert got.keys() == want.keys()
     assert list(got.values()) == pytest.approx(list(want.values()), abs=0.01)
 
@@ -435,9 +437,7 @@ def test_a_file_resumed_in_parts(on_two, flags, tmp_path):
 def test_muon_on_ranks_and_shards_makes_the_same_run(flags, tmp_path, ranks, more):
     """Ranks turn whole matrices. From 30 updates on again, in one process: moments come back."""
     flags = [*flags, "--optimizer=muon", "--muon_lr=2e-3", "--lr_schedule=wsd", "--decay_share=0.5"]
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    command = [sys.executable, str(ROOT / "train.py"), *flags, f"--out_dir={whole}"]
-    subprocess.run(command, check=True, capture_output=True)
+    whole, out = without_torchrun(*flags, out=tmp_path / "whole"), tmp_path / "out"
     must(torchrun(ranks, *flags, *more, out=out))
     again = (cut_shards if more == SHARDED else cut)(out, tmp_path / "again")
     assert_same_run(end_of(out), whole)
@@ -450,9 +450,7 @@ def test_muon_on_ranks_and_shards_makes_the_same_run(flags, tmp_path, ranks, mor
 def test_int8_on_ranks_and_shards_learns_the_same(flags, tmp_path, more):
     """Nearly: a last bit that differs may move a number to the next of 255 levels."""
     flags = [*flags, "--matmul_dtype=int8"]
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    command = [sys.executable, str(ROOT / "train.py"), *flags, f"--out_dir={whole}"]
-    subprocess.run(command, check=True, capture_output=True)
+    whole, out = without_torchrun(*flags, out=tmp_path / "whole"), tmp_path / "out"
     must(torchrun(2, *flags, *more, out=out))
     again = (cut_shards if more == SHARDED else cut)(out, tmp_path / "again")
     must(torchrun(1, *flags, "--init_from=resume", out=again))

@@ -21,7 +21,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -105,6 +104,8 @@ class Watch:
             self.graphs_before += graphs() - before  # not the run's
             return found
 
+        captured.cache_clear = capture.cache_clear
+
         def create_symbol(env, value, source, *args, **kwargs):
             found = create(env, value, source, *args, **kwargs)
             inner = "unknown_tensor" in repr(source)  # torch's own, as a generator's state
@@ -147,8 +148,7 @@ def planned(size, dtype, compiled, checkpointing, batch, windows, most=False):
     from plan import fit
     from plan.memory import Training
 
-    training = Training(GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True)
-    training = replace(training, saving=training.levels[-1])
+    training = Training(GPTConfig(**size), dtype, "cuda", compiled, checkpointing, True).leanest
     if not most:
         room = fit.room_of(torch.device("cuda", torch.cuda.current_device()))
         training = fit.as_needed(training, batch, windows, room)
